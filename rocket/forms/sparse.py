@@ -17,7 +17,7 @@ from rocket.kernels import bitmap
 
 name = "sparse"
 
-KNOTS = (0.1, 0.3, 0.5, 0.7)
+KNOTS = (0.05, 0.2, 0.4, 0.7)
 
 
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:

@@ -28,8 +28,9 @@ def pack_tokens(
     beginning-of-sequence token before each text (Llama, Gemma), each sequence starts with it and has room for
     `seq_len - 1` tokens of text: such models are badly off without it.
 
-    With `num_samples`, documents are shuffled, tokenised until there are sixteen times the tokens asked for (one document
-    at a time, so a source of any size costs the same), and the samples drawn from those sequences without replacement.
+    With `num_samples`, documents are shuffled, tokenised until there are sixteen times the tokens asked for (one
+    document at a time, so a source of any size costs the same), and the samples drawn from those sequences without
+    replacement.
     With None, all documents are used, in order. The same arguments always give the same result.
 
     Args:

@@ -61,9 +61,9 @@ def test_only_as_many_documents_are_tokenised_as_the_samples_need(make_tokenizer
 
     counting.eos_token_id, counting.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     assert pack_tokens([words(0, 32)] * 1000, counting, 8, 2, seed=0).shape == (2, 8)
-    # 2 samples of 8 tokens, four times over: 64 tokens, two documents; and one look for a leading token.
-    assert packing.OVERSAMPLING == 4
-    assert len(tokenised) == 2 + 1
+    # 2 samples of 8 tokens, sixteen times over: 256 tokens, eight documents; and one look for a leading token.
+    assert packing.OVERSAMPLING == 16
+    assert len(tokenised) == 8 + 1
 
 
 def test_long_documents_raise_no_tokenizer_warning(make_tokenizer, caplog):

@@ -3,6 +3,7 @@
     planner = rocket.plan(model, calibration=texts, tokenizer=tokenizer)
     small = rocket.compress(model, planner.at(removed_ratio=0.3))
     small.save_pretrained(path)
+    small.optimize()
 
 Importing rocket registers its checkpoint format with transformers, so that ``from_pretrained`` opens compressed models.
 """
@@ -10,7 +11,7 @@ Importing rocket registers its checkpoint format with transformers, so that ``fr
 from typing import TYPE_CHECKING, Any
 
 from rocket.config.errors import RocketError
-from rocket.nn import RocketConfig
+from rocket.nn import RocketConfig, explain, optimize
 
 if TYPE_CHECKING:
     from rocket.allocation import Plan, Planner
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rocket.compression import compress, merge
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Planner", "RocketConfig", "RocketError", "compress", "merge", "plan"]
+__all__ = ["Plan", "Planner", "RocketConfig", "RocketError", "compress", "explain", "merge", "optimize", "plan"]
 
 _LAZY = {
     "Plan": "rocket.allocation",

@@ -46,7 +46,7 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _merged(module))
-    for attribute in ("hf_quantizer", "quantization_method"):
+    for attribute in ("hf_quantizer", "quantization_method", "optimize"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):

@@ -1,6 +1,7 @@
 """The layers that replace nn.Linear, and the plug-in by which transformers loads them."""
 
 from rocket.nn.layers import LAYERS, CompressedLinear, FactorizedLinear, LayerSpec, LowRankLinear, SparseLinear
+from rocket.nn.optimize import explain, optimize
 from rocket.nn.quantizer import RocketConfig, RocketQuantizer, attach_quantizer, replace_module
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "RocketQuantizer",
     "SparseLinear",
     "attach_quantizer",
+    "explain",
+    "optimize",
     "replace_module",
 ]

@@ -45,13 +45,16 @@ class CompressedLinear(nn.Module):
     """y = W x + b with W [out, in] in a compressed form.
 
     ``tensors`` are the names under which a subclass stores W: parameters, and ``mask`` where it is sparse.
-    ``mask_columns`` are the columns of that mask that are not padding.
+    ``mask_columns`` are the columns of that mask that are not padding. ``uses_kernels`` tells whether products go
+    through `kernels.ops`; ``offsets`` then holds where the rows of the sparse matrix begin, and is never saved.
     """
 
     form: str
     tensors: tuple[str, ...]
     mask_columns: int = 0
+    uses_kernels: bool = False
     bias: nn.Parameter | None
+    offsets: Tensor | None
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__()
@@ -61,6 +64,13 @@ class CompressedLinear(nn.Module):
         _check(spec.in_features > 0, spec, "in_features")
         _check(spec.out_features > 0, spec, "out_features")
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.out_features)) if bias else None)
+        self.register_buffer("offsets", None, persistent=False)
+
+    def use_kernels(self, wanted: bool = True) -> None:
+        """Multiply by the packed matrix from now on, or (False) expand it at every call again."""
+        self.uses_kernels = wanted
+        if "mask" in self.tensors:
+            self.offsets = bitmap.row_offsets(self.get_buffer("mask")) if wanted else None
 
     def _store_sparse(self, columns: int) -> None:
         """Make ``weight`` and ``mask`` for a sparse matrix [out, columns]."""
@@ -99,6 +109,8 @@ class LowRankLinear(CompressedLinear):
         self.weight = nn.Parameter(torch.zeros(spec.out_features, spec.rank))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.uses_kernels and not needs_gradient(inputs, self.weight, self.dictionary):
+            return ops.dense_linear(ops.dense_linear(inputs, self.dictionary), self.weight, self.bias)
         return F.linear(F.linear(inputs, self.dictionary), self.weight, self.bias)
 
     def dense_weight(self) -> Tensor:
@@ -118,6 +130,8 @@ class SparseLinear(CompressedLinear):
         self._store_sparse(spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.offsets is not None and not needs_gradient(inputs, self.weight):
+            return ops.sparse_linear(inputs, self.weight, self.mask, self.offsets, self.in_features, self.bias)
         return F.linear(inputs, self.dense_weight(), self.bias)
 
     def dense_weight(self) -> Tensor:
@@ -142,6 +156,8 @@ class FactorizedLinear(CompressedLinear):
         return _expand(self.weight, self.mask, self.spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.offsets is not None and not needs_gradient(inputs, self.weight, self.dictionary):
+            return ops.factor_linear(inputs, self.dictionary, self.weight, self.mask, self.offsets, self.bias)
         return F.linear(F.linear(inputs, self.dictionary), self.coefficients(), self.bias)
 
     def dense_weight(self) -> Tensor:
@@ -160,9 +176,14 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
     return LAYERS[spec.form](spec, bias)
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will want the gradient of a product of these, which the kernels do not have."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _expand(values: Tensor, mask: Tensor, columns: int) -> Tensor:
     """The dense matrix [out, columns]: by the kernels, or differentiably where a gradient is wanted."""
-    if values.requires_grad and torch.is_grad_enabled():
+    if needs_gradient(values):
         return bitmap.unpack(values, mask, columns)
     return ops.expand(values, mask, bitmap.row_offsets(mask), columns)
 

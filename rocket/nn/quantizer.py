@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rocket.config.errors import RocketError
 from rocket.kernels import bitmap
 from rocket.nn.layers import CompressedLinear, LayerSpec, empty_layer
+from rocket.nn.optimize import attach_optimize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, CompressedLinear) and "mask" in module.tensors:
                 _check_mask(name, module)
+        attach_optimize(model)
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -129,12 +131,13 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> None:
-    """Make an in-memory compressed model one that ``save_pretrained`` writes as a compressed checkpoint."""
+    """Make an in-memory model one like those reloaded: with ``save_pretrained`` in our format, and ``optimize``."""
     config = RocketConfig({name: spec.to_dict() for name, spec in specs.items()}, FORMAT_VERSION)
     model.config.quantization_config = config
     model.hf_quantizer = RocketQuantizer(config, pre_quantized=True)
     model.quantization_method = "rocket"
     model.is_quantized = True
+    attach_optimize(model)
 
 
 def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> CompressedLinear:

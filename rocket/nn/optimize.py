@@ -1,0 +1,134 @@
+"""Run a compressed model by the kernels: `optimize`, and `explain`, which says what each layer runs and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rocket.kernels import library, ops
+from rocket.nn.layers import CompressedLinear, needs_gradient
+
+Backend = Literal["auto", "trivial"]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class DenseLinear(nn.Linear):
+    """``nn.Linear`` through `ops.dense_linear`, which reads the weight at memory speed for a few rows of input."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if needs_gradient(inputs, self.weight):
+            return F.linear(inputs, self.weight, self.bias)
+        return ops.dense_linear(inputs, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """What a linear layer runs. ``form`` is a compressed layer's, or ``dense``; ``path`` is ``torch`` or a kernel's."""
+
+    layer: str
+    form: str
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.form}, {self.path} ({self.reason})"
+
+
+def optimize(model: Model, backend: Backend = "auto") -> Model:
+    """Make a model's linear layers run by the kernels, in place; the result is the model itself.
+
+    Compressed layers multiply by their packed matrices instead of expanding them first, and on a CPU the dense layers
+    (the output embedding too) take a matrix-vector product that reads memory at full speed. Tensors and checkpoints
+    stay as they are. ``backend="trivial"`` takes it all back. Calling it again changes nothing; `explain` tells what
+    was chosen. Where a gradient is wanted, layers go the trivial way by themselves.
+
+    Raises ValueError for an unknown backend.
+    """
+    if backend not in ("auto", "trivial"):
+        raise ValueError(f"backend={backend!r}: there are 'auto' and 'trivial'")
+    wanted = backend == "auto"
+    for module in list(model.modules()):
+        if isinstance(module, CompressedLinear):
+            module.use_kernels(wanted)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if wanted and _left_dense(child) is None:
+                setattr(parent, name, _like(child, DenseLinear))
+            elif not wanted and type(child) is DenseLinear:
+                setattr(parent, name, _like(child, nn.Linear))
+    return model
+
+
+def attach_optimize(model: nn.Module) -> None:
+    """Give a model the method ``optimize``."""
+    vars(model)["optimize"] = MethodType(optimize, model)
+
+
+def explain(model: nn.Module) -> list[LayerExplanation]:
+    """What each linear layer of a model runs, in the order of the module tree, and why."""
+    return [_explain(name, module) for name, module in model.named_modules() if isinstance(module, _LINEAR)]
+
+
+_LINEAR = (CompressedLinear, nn.Linear)
+
+
+def _explain(name: str, module: nn.Module) -> LayerExplanation:
+    parameter = next(module.parameters())
+    kernel = _kernel(parameter)
+    if isinstance(module, CompressedLinear):
+        if not module.uses_kernels:
+            return LayerExplanation(name, module.form, "torch", "not optimized: sparse matrices are expanded first")
+        if kernel is None:
+            return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
+        return LayerExplanation(name, module.form, kernel, "packed values, expanded only for many rows of input")
+    if type(module) is DenseLinear:
+        return LayerExplanation(name, "dense", kernel or "torch", "memory-speed product for few rows of input")
+    return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")
+
+
+def _left_dense(module: nn.Module) -> str | None:
+    """Why a module is not to become a `DenseLinear`; None if it is."""
+    if type(module) is not nn.Linear:
+        return "not a plain nn.Linear"
+    if module.weight.device.type != "cpu":
+        return "torch's own product is good on this device"
+    if _kernel(module.weight) is None:
+        return _why_no_kernel(module.weight)
+    if not module.weight.is_contiguous():
+        return "its weight is not contiguous"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "hooks are attached to it"
+    return None
+
+
+def _kernel(parameter: Tensor) -> str | None:
+    """The kernel that multiplies by values like these; None where torch does."""
+    if parameter.dtype not in library.TYPES:
+        return None
+    if parameter.device.type == "cuda":
+        return "triton"
+    kernels = library.load() if parameter.device.type == "cpu" else None
+    return None if kernels is None else library.PATHS[kernels.path]
+
+
+def _why_no_kernel(parameter: Tensor) -> str:
+    if parameter.dtype not in library.TYPES:
+        return f"no kernel for {parameter.dtype}"
+    if parameter.device.type == "cpu":
+        return "the compiled kernels are not installed, or switched off"
+    return f"no kernel for {parameter.device.type}"
+
+
+def _like(linear: nn.Module, kind: Callable[..., nn.Linear]) -> nn.Linear:
+    """A layer of another class with the very same parameters."""
+    assert isinstance(linear, nn.Linear)
+    with torch.device("meta"):
+        replacement = kind(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    replacement.weight, replacement.bias = linear.weight, linear.bias
+    return replacement.train(linear.training)

@@ -1,0 +1,160 @@
+"""`optimize`: the same results by the kernels, on whole models, and back."""
+
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import rocket
+from rocket.kernels import library
+from rocket.nn.optimize import DenseLinear
+
+FORMS = ["low_rank", "dictionary", "sparse", "dense"]
+needs_kernels = pytest.mark.skipif(library.load() is None, reason="needs the compiled kernels")
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, token_ids, quick_settings, tmp_path_factory):
+    """Checkpoints of tiny models, float32, in which every form occurs, by family."""
+    calib, profiling = quick_settings
+    paths = {}
+
+    def save(family: str):
+        if family not in paths:
+            model = make_model(family)
+            planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+            choices = {
+                profile.layer: next(option for option in profile.options[::-1] if option.form == form)
+                for profile, form in zip(planner.profiles, cycle(FORMS), strict=False)
+            }
+            plan = replace(planner.at(removed_ratio=0.2), choices=choices)
+            paths[family] = tmp_path_factory.mktemp(family)
+            rocket.compress(model, plan).save_pretrained(paths[family])
+        return paths[family]
+
+    return save
+
+
+@pytest.fixture(params=["llama", "qwen2", "opt"])  # opt and qwen2 have biases
+def path(request, saved):
+    return saved(request.param)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_same_logits_in_float32(path, token_ids, rows):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = token_ids[:rows, : 1 if rows == 1 else None]
+    expected = logits(model, ids)
+    assert model.optimize() is model
+    found = logits(model, ids)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_same_logits_in_bfloat16_within_its_rounding(saved, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"), dtype=torch.bfloat16)
+    exact = logits(AutoModelForCausalLM.from_pretrained(saved("llama")), token_ids[:1])
+    before = (logits(model, token_ids[:1]).float() - exact).norm()
+    after = (logits(model.optimize(), token_ids[:1]).float() - exact).norm()
+    assert after <= 2.0 * before
+
+
+def test_generation_is_token_identical_in_float32(path, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    expected = model.generate(token_ids[:2, :8], **options)
+    assert torch.equal(model.optimize().generate(token_ids[:2, :8], **options), expected)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_compiles_to_one_graph(saved, token_ids, optimized):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    expected = logits(model, token_ids[:1])
+    if optimized:
+        model.optimize()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(input_ids=token_ids[:1], use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_saved_does_not_change(path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.optimize().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert before.keys() == again.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+@needs_kernels
+def test_twice_is_once_and_trivial_takes_it_back(saved, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    kinds = [type(module) for module in model.modules()]
+    expected = logits(model, token_ids[:1])
+    model.optimize()
+    modules = list(model.modules())
+    assert [type(module) for module in modules] != kinds
+    assert list(model.optimize().modules()) == modules
+    model.optimize(backend="trivial")
+    assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(logits(model, token_ids[:1]), expected)
+
+
+@needs_kernels
+def test_tied_embeddings_stay_tied(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved("qwen2")).optimize()
+    assert isinstance(model.lm_head, DenseLinear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_gradients_flow_as_before(saved, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    model(input_ids=token_ids[:2], labels=token_ids[:2]).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.optimize()(input_ids=token_ids[:2], labels=token_ids[:2]).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@needs_kernels
+def test_explains_each_layer(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    assert {entry.path for entry in rocket.explain(model)} == {"torch"}
+    kernel = library.PATHS[library.load().path]
+    entries = {entry.layer: entry for entry in rocket.explain(model.optimize())}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert {entries[name].form for name in linear} == {"dense"}
+    assert {entry.form for entry in entries.values()} == set(FORMS)
+    assert {entry.path for entry in entries.values()} == {kernel}
+    assert kernel in str(entries["lm_head"])
+
+
+@needs_kernels
+def test_layers_with_hooks_are_left_alone(make_model):
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(lambda *_: None)
+    rocket.optimize(model)
+    assert type(model.lm_head) is nn.Linear
+    entry = next(entry for entry in rocket.explain(model) if entry.layer == "lm_head")
+    assert entry.reason == "hooks are attached to it"
+
+
+@needs_kernels
+def test_types_without_a_kernel_are_left_alone(make_model):
+    model = rocket.optimize(make_model("llama", torch.float64))
+    assert "no kernel for torch.float64" in str(rocket.explain(model)[0])
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='cuda': there are 'auto' and 'trivial'"):
+        rocket.optimize(nn.Linear(2, 2), backend="cuda")

@@ -1,0 +1,290 @@
+"""Speed of compressed layers and models against the original's.
+
+    python -m benchmarks.decode                                     # some layers, and a model of SmolLM2's shapes
+    python -m benchmarks.decode --models 1b --dtypes bfloat16 float32 --removed 0.2 0.3 0.5
+
+Weights are random: speed does not depend on their values. Layer rows time one product with weights that come from
+memory (each contender goes through copies that exceed the last cache), contenders taking turns in every round; ratios
+are of medians. `stream_share` is the rate at which the contender reads its own weights, over the best rate at which
+this machine reads at all. Model rows are tokens a second of `generate` (greedy, after a short prompt) and of a prefill,
+the contenders taking turns as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rocket
+from benchmarks.harness import write_results
+from rocket.factorization.problem import LayerProblem
+from rocket.forms.dictionary import sizes_for
+from rocket.kernels import bitmap, library, ops
+from rocket.models import target_layers
+from rocket.nn import CompressedLinear, LayerSpec, replace_module
+from rocket.nn.layers import empty_layer
+
+LAYERS = ["576x1536", "1536x576", "2048x2048", "2048x8192", "8192x2048", "4096x14336"]
+RANK_SUPPORT_RATIO = 2.0
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+    "qwen-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def random_layer(
+    out_features: int, in_features: int, form: str, removed: float, dtype: torch.dtype
+) -> CompressedLinear:
+    """A compressed layer of random values that removes this share of the parameters."""
+    generator = torch.Generator().manual_seed(0)
+    columns, rank = in_features, 0
+    nnz = int((1 - removed) * out_features * in_features)
+    if form == "dictionary":
+        problem = LayerProblem(torch.empty(out_features, in_features), torch.empty(in_features, in_features))
+        rank, support = sizes_for(problem, removed, RANK_SUPPORT_RATIO)
+        columns, nnz = rank, support * out_features
+    keep = torch.zeros(out_features * columns, dtype=torch.bool)
+    keep[torch.randperm(keep.numel(), generator=generator)[:nnz]] = True
+    mask = bitmap.pack_mask(keep.view(out_features, columns))
+    spec = LayerSpec(form, in_features, out_features, rank, nnz, "benchmark")
+    with torch.device("meta"):
+        layer = empty_layer(spec, bias=False)
+    state = {"weight": (torch.randn(nnz, generator=generator) * 0.02).to(dtype), "mask": mask}
+    if rank:
+        state["dictionary"] = (torch.randn(rank, in_features, generator=generator) * 0.02).to(dtype)
+    layer.load_state_dict(state, assign=True)
+    layer.use_kernels()
+    return layer.requires_grad_(False)
+
+
+def cache_bytes() -> int:
+    """Bytes of the last-level cache as Linux tells them; 64 MiB where it does not."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * 1024 for size in sizes if size.endswith("K")), default=64 << 20)
+
+
+def stream_bandwidth(rounds: int) -> float:
+    """Bytes a second that this process can read, all threads: the best of torch's sum and our dense product."""
+    buffer = torch.ones(1 << 28, dtype=torch.bfloat16)
+    matrix, vector = buffer.view(-1, 4096), torch.ones(1, 4096, dtype=torch.bfloat16)
+    whole = buffer.view(torch.int64)
+    times = []
+    for _ in range(rounds):
+        for read in (lambda: whole.sum(), lambda: ops.dense_linear(vector, matrix)):
+            start = time.perf_counter()
+            read()
+            times.append(time.perf_counter() - start)
+    return buffer.numel() * buffer.element_size() / min(times)
+
+
+def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, the contenders taking turns; one untimed round first."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def for_each(items: Sequence[Any], product: Callable[[Any], object]) -> Callable[[], None]:
+    def call() -> None:
+        for item in items:
+            product(item)
+
+    return call
+
+
+def layer_row(
+    shape: str, dtype: torch.dtype, batch: int, removed: float, form: str, rounds: int, bandwidth: float
+) -> dict[str, Any]:
+    out_features, in_features = (int(size) for size in shape.split("x"))
+    inputs = torch.randn(batch, in_features).to(dtype)
+    layer = random_layer(out_features, in_features, form, removed, dtype)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
+    dense_bytes = out_features * in_features * inputs.element_size()
+    count = max(2, -(-2 * cache_bytes() // size))  # copies enough to be out of the cache when their turn comes
+    weights = [torch.randn(out_features, in_features).mul_(0.02).to(dtype) for _ in range(count)]
+    layers = [layer, *(_copy(layer) for _ in range(count - 1))]
+    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, batch) for weight in weights]
+    contenders: dict[str, Callable[[], object]] = {
+        "ours": for_each(layers, lambda layer: layer(inputs)),
+        "F.linear": for_each(weights, lambda weight: F.linear(inputs, weight)),
+        "our dense": for_each(weights, lambda weight: ops.dense_linear(inputs, weight)),
+        "oneDNN prepacked": for_each(
+            packed, lambda weight: torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+        ),
+    }
+    if form == "sparse" and dtype == torch.float32:  # torch has no product for CSR in half precision here
+        matrices = [layer.dense_weight().to_sparse_csr() for layer in layers]
+        contenders["torch CSR"] = for_each(matrices, lambda matrix: matrix @ inputs.T)
+    found = take_turns(contenders, rounds)
+    seconds = {name: statistics.median(values) / count for name, values in found.items()}
+    return {
+        "kind": "layer",
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "form": form,
+        "removed_ratio": removed,
+        "microseconds": 1e6 * seconds["ours"],
+        "relative_spread": (max(found["ours"]) - min(found["ours"])) / statistics.median(found["ours"]),
+        **{f"over {name}": seconds[name] / seconds["ours"] for name in seconds if name != "ours"},
+        "limit over our dense": dense_bytes / size,
+        "stream_share": size / seconds["ours"] / bandwidth,
+    }
+
+
+def _copy(layer: CompressedLinear) -> CompressedLinear:
+    with torch.device("meta"):
+        copy = empty_layer(layer.spec, bias=False)
+    copy.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()}, assign=True)
+    copy.use_kernels()
+    return copy.requires_grad_(False)
+
+
+def random_model(name: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **MODELS[name], max_position_embeddings=2048)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def compressed_model(name: str, dtype: torch.dtype, form: str, removed: float) -> Any:
+    model = random_model(name, dtype)
+    for layer, module in target_layers(model).items():
+        replace_module(model, layer, random_layer(module.out_features, module.in_features, form, removed, dtype))
+    return model
+
+
+def generate(model: Any, batch: int, prompt: int, tokens: int) -> Callable[[], object]:
+    ids = torch.ones(batch, prompt, dtype=torch.int64)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def prefill(model: Any, tokens: int) -> Callable[[], object]:
+    ids = torch.ones(1, tokens, dtype=torch.int64)
+
+    def call() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    return call
+
+
+def model_rows(name: str, dtype: torch.dtype, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    original, ours = random_model(name, dtype), rocket.optimize(random_model(name, dtype))
+    works: list[tuple[str, int, Callable[[Any], Callable[[], object]]]] = [
+        ("decode", batch, lambda model, batch=batch: generate(model, batch, args.prompt, args.tokens))
+        for batch in args.model_batches
+    ]
+    works.append(("prefill", 1, lambda model: prefill(model, args.prefill)))
+    for removed in args.removed:
+        for form in args.forms:
+            small = rocket.optimize(compressed_model(name, dtype, form, removed))
+            for work, batch, make in works:
+                tokens = args.prefill if work == "prefill" else batch * args.tokens
+                contenders = {"original": make(original), "our dense": make(ours), "compressed": make(small)}
+                found = take_turns(contenders, args.rounds)
+                median = {key: statistics.median(values) for key, values in found.items()}
+                trivial = None
+                if args.trivial:
+                    rocket.optimize(small, backend="trivial")
+                    trivial = statistics.median(take_turns({"trivial": make(small)}, 1)["trivial"])
+                    rocket.optimize(small)
+                rows.append(
+                    {
+                        "kind": "model",
+                        "model": name,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "work": work,
+                        "batch": batch,
+                        "form": form,
+                        "removed_ratio": removed,
+                        "tokens_per_second": tokens / median["compressed"],
+                        "original_tokens_per_second": tokens / median["original"],
+                        "trivial_tokens_per_second": None if trivial is None else tokens / trivial,
+                        "relative_spread": (max(found["compressed"]) - min(found["compressed"])) / median["compressed"],
+                        "over original": median["original"] / median["compressed"],
+                        "over our dense": median["our dense"] / median["compressed"],
+                    }
+                )
+                print(rows[-1], flush=True)
+            del small
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", nargs="*", default=["1536x576", "8192x2048"], help=f"shapes, as {' '.join(LAYERS)}")
+    parser.add_argument("--models", nargs="*", default=["smollm2-135m"], choices=list(MODELS))
+    parser.add_argument("--forms", nargs="+", default=["sparse", "dictionary"], choices=["sparse", "dictionary"])
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows of input of the layer products")
+    parser.add_argument("--model-batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=16, help="tokens before generation")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens generated for each sequence")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
+    parser.add_argument("--trivial", action="store_true", help="also time the unoptimized compressed model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", default="decode", help="name of the results file")
+    args = parser.parse_args()
+    bandwidth = stream_bandwidth(2 * args.rounds)
+    kernels = library.load()
+    rows: list[dict[str, Any]] = [
+        {
+            "kind": "machine",
+            "stream_gb_per_second": bandwidth / 1e9,
+            "kernel": None if kernels is None else library.PATHS[kernels.path],
+            "threads": torch.get_num_threads(),
+        }
+    ]
+    for dtype in (getattr(torch, name) for name in args.dtypes):
+        for shape, batch, removed, form in itertools.product(args.layers, args.batches, args.removed, args.forms):
+            rows.append(layer_row(shape, dtype, batch, removed, form, args.rounds, bandwidth))
+            print(rows[-1], flush=True)
+        for name in args.models:
+            rows += model_rows(name, dtype, args)
+        write_results(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -199,7 +199,7 @@ class EvaluationConfig(Section):
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     seq_len: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens a window.")
-    max_tokens: Count | None = Field(65536, description="Tokens of each text; null: all of it.")
+    max_tokens: Count | None = Field(65536, description="Tokens of each text, in windows spread over it; null: all.")
     tasks: list[str] = Field(
         default_factory=list,
         description="Zero-shot tasks, by their name in lm-evaluation-harness. Packaged ones need no network.",

@@ -49,7 +49,8 @@ def perplexity(
     same. Values depend on `seq_len` and on the tokenizer's vocabulary; compare only what shares both.
 
     model: a causal language model whose output has `logits` [batch, seq_len, vocabulary]; it stays on its device and
-    its training mode is restored. max_tokens: use only the first `max_tokens` tokens of the text.
+    its training mode is restored. max_tokens: use only as many windows as fit into it, spread evenly over the whole text,
+    so that a short measurement does not hang on the first documents.
 
     Cost: one forward pass over the text; the loss is taken in fp32 from slices of the logits, so memory is the logits
     of one batch in the model's own dtype plus about 128 MiB.
@@ -60,13 +61,15 @@ def perplexity(
     """
     _check(model, seq_len, batch_size)
     # verbose: the whole text is longer than the model's context by intention
-    tokens = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0][:max_tokens]
-    windows = tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len)
-    if not len(windows):
+    tokens = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
+    usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
+    count = usable // seq_len
+    if not count:
         raise RocketError(
-            f"the evaluation text has {len(tokens)} tokens, fewer than one window of seq_len {seq_len}; "
+            f"the evaluation text has {usable} tokens, fewer than one window of seq_len {seq_len}; "
             "give more text, raise max_tokens or lower seq_len"
         )
+    windows = _spread(tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len), count)
 
     losses: list[torch.Tensor] = []
     with evaluating(model):
@@ -77,6 +80,12 @@ def perplexity(
     loss = window_losses.mean().item()
     value = math.inf if loss > 700 else math.exp(loss)
     return Perplexity(value, loss, len(windows) * (seq_len - 1), seq_len, tuple(window_losses.tolist()))
+
+
+def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` of the windows [n, seq_len] at even distances, the middle one of each stretch."""
+    stretch = len(windows) / count
+    return windows[[int((index + 0.5) * stretch) for index in range(count)]]
 
 
 @contextmanager

@@ -47,6 +47,12 @@ def test_max_tokens_and_training_mode(model, tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_max_tokens_spreads_windows_over_the_text(model, tokenizer):
+    text = "".join(letter * 8 for letter in "abcdefghijkl")
+    whole = measure(model, tokenizer, [text], seq_len=8).window_losses
+    assert measure(model, tokenizer, [text], seq_len=8, max_tokens=24).window_losses == pytest.approx(whole[2::4])
+
+
 def test_text_shorter_than_a_window(model, tokenizer):
     with pytest.raises(RocketError, match=r"5 tokens.*seq_len 8.*max_tokens"):
         measure(model, tokenizer, ["short"], seq_len=8)

@@ -9,143 +9,29 @@ nothing else: profiles do not depend on the budget, and a second size costs a pl
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rocket.allocation import Budget, ModelSize, Plan, Planner, measure_size, select_allocator
+from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
 from rocket.calib import Calibration, collect_grams, measure_sensitivities, pack_triangle, unpack_triangle
 from rocket.compression import compress, merge, save_checkpoint, stored_values
-from rocket.config import Config, RocketError, dump_config
-from rocket.data import check_source, load_documents, pack_tokens, source_stamp
-from rocket.evaluation import perplexity, zero_shot
-from rocket.forms import select_forms
-from rocket.models import identify_model, load_model, resolve_device, target_layers
+from rocket.config import RocketError
+from rocket.data import load_documents, pack_tokens
+from rocket.evaluation import perplexity, window_losses_of, zero_shot
+from rocket.models import resolve_device
 from rocket.profiling import LayerProfile, profile_layer
-from rocket.run import RunDirectory, Usage, fingerprint, measure, track
+from rocket.run import RunDirectory, Usage, fingerprint, track
+from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16
 SENSITIVITY_BATCH = 2
-
-logger = logging.getLogger(__name__)
-
-
-class Session:
-    """One run: its config, its directory, and the model, which is loaded when a stage first needs it."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._reported: set[str] = set()
-        self.model_identity = identify_model(config.model)
-        self.forms = select_forms(config.profiling.forms)
-        self.budget = Budget.from_config(config.compression)
-        select_allocator(config.allocation.method)
-        for source in (config.calib.source, *config.evaluation.texts):
-            check_source(source)
-        identity = {
-            "model": config.model.path,
-            "model files": self.model_identity,
-            **{f"calib.{key}": value for key, value in config.calib.model_dump().items() if key != "batch_size"},
-        }
-        self.run = RunDirectory(config.output_dir, identity)
-        self.run.write_text("config.yaml", dump_config(config))
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.run.close()
-
-    @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        with self.stage("load model"):
-            return load_model(self.config.model)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.loaded[0]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.loaded[1]
-
-    @cached_property
-    def layers(self) -> dict[str, nn.Linear]:
-        return target_layers(self.model, self.config.model.targets, self.config.model.ignore)
-
-    def release_model(self) -> None:
-        """Forget the original model, so that it and the compressed one need not be in memory together."""
-        self.__dict__.pop("loaded", None)
-        self.__dict__.pop("layers", None)
-
-    @cached_property
-    def calibration_fingerprint(self) -> str:
-        return fingerprint(
-            model=self.model_identity,
-            loading=self.config.model.model_dump(exclude={"device"}),
-            calib=self.config.calib.model_dump(exclude={"batch_size"}),
-            source=source_stamp(self.config.calib.source),
-        )
-
-    @cached_property
-    def profile_fingerprint(self) -> str:
-        return fingerprint(calibration=self.calibration_fingerprint, profiling=self.config.profiling.model_dump())
-
-    @cached_property
-    def plan_fingerprint(self) -> str:
-        return fingerprint(
-            profiles=self.profile_fingerprint,
-            allocation=self.config.allocation.model_dump(),
-            budget=vars(self.budget),
-        )
-
-    def evaluation_fingerprint(self, subject: str) -> str:
-        settings = self.config.evaluation
-        return fingerprint(
-            subject=subject,
-            evaluation=settings.model_dump(exclude={"batch_size"}),
-            sources=[source_stamp(source) for source in settings.texts],
-        )
-
-    @property
-    def checkpoint(self) -> str:
-        """Where in the run directory the compressed model lies."""
-        return f"models/{self.budget.name}"
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, note its peak memory, and log both."""
-        logger.info("%s ...", name)
-        self._reported.add(name)
-        with measure() as usage:
-            yield
-        self.run.log(name, **asdict(usage))
-        usages = self.usages()
-        usages[name] = usage
-        content = {stage: asdict(entry) for stage, entry in usages.items()}
-        self.run.write_json("usage.json", fingerprint(), content)
-        logger.info("%s: %.1f s, peak memory %.0f MB", name, usage.seconds, usage.peak_mb)
-
-    def usages(self) -> dict[str, Usage]:
-        """What each stage took when it last ran."""
-        content = self.run.read_json("usage.json", fingerprint()) or {}
-        return {name: Usage(**values) for name, values in content.items()}
-
-    def skip(self, name: str) -> None:
-        """Say that a stage need not run; once, and not of one that this session ran itself."""
-        if name in self._reported:
-            return
-        self._reported.add(name)
-        logger.info("%s: skipped, its artifact is in %s", name, self.run.path)
-        self.run.log(name, skipped=True)
+MEASURING_WINDOWS = 32
 
 
 class StoredGrams(Mapping[str, Tensor]):
@@ -214,7 +100,7 @@ def _check_positions(session: Session) -> None:
             raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
 
 
-def _calibration_tokens(session: Session) -> Tensor:
+def _calibration_tokens(session: Session, spare: int = 0) -> Tensor:
     config = session.config.calib
     documents = load_documents(
         config.source,
@@ -222,7 +108,7 @@ def _calibration_tokens(session: Session) -> Tensor:
         text_field=config.text_field,
         stream_limit=max(512, HUB_DOCUMENTS_A_SAMPLE * config.num_samples),
     )
-    return pack_tokens(documents.texts, session.tokenizer, config.seq_len, config.num_samples, config.seed)
+    return pack_tokens(documents.texts, session.tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
 
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
@@ -256,11 +142,51 @@ def profile_layers(session: Session) -> Planner:
                 run.write_json(_profile_file(name), expected, profiles[name].to_dict())
     else:
         session.skip("profile layers")
-    return Planner([profiles[name] for name in stored], size, settings, session.config.allocation, calibration)
+    planner = Planner([profiles[name] for name in stored], size, settings, session.config.allocation, calibration)
+    return replace(planner, measured=_stored_prices(session))
 
 
 def _profile_file(name: str) -> str:
     return f"profiles/{name}.json"
+
+
+def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner:
+    """Measure what plans of at most two sizes really cost, and let them correct the prediction of all others.
+
+    Each plan is built in memory; its loss, less the original's, is taken on windows of the calibration split that
+    calibration did not use, never on text that evaluation reads. Writes plans/measured.json.
+    """
+    planner = profile_layers(session)
+    if planner.profiling.cost != "loss":
+        raise RocketError(f"only predicted losses can be measured; profiling.cost is {planner.profiling.cost!r}")
+    if len(removed_ratios) > MAX_POINTS:
+        raise RocketError(f"at most {MAX_POINTS} sizes can be measured, got {len(removed_ratios)}")
+    plans = [planner.at(removed_ratio=ratio) for ratio in removed_ratios]
+    if {plan.removed_ratio for plan in plans} <= {point.removed_ratio for point in planner.measured}:
+        session.skip("measure prices")
+        return planner
+    model = session.model
+    with session.stage("measure prices"):
+        windows = _calibration_tokens(session, spare=MEASURING_WINDOWS)[session.config.calib.num_samples :]
+        if not len(windows):
+            raise RocketError("calibration used all its text; add text or lower calib.num_samples to measure prices")
+        batches = windows.split(session.config.calib.batch_size)
+        original = float(window_losses_of(model, batches).mean())
+        measured = []
+        for plan in plans:
+            loss = float(window_losses_of(compress(model, plan), batches).mean())
+            measured.append(MeasuredPoint(plan.removed_ratio, plan.cost, loss - original))
+    session.run.write_json("plans/measured.json", _prices_fingerprint(session), {"points": measured})
+    return replace(planner, measured=measured)
+
+
+def _stored_prices(session: Session) -> list[MeasuredPoint]:
+    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session)) or {"points": []}
+    return [MeasuredPoint(*values) for values in content["points"]]
+
+
+def _prices_fingerprint(session: Session) -> str:
+    return fingerprint(profiles=session.profile_fingerprint, allocation=session.config.allocation.model_dump())
 
 
 def make_plan(session: Session) -> Plan:

@@ -14,7 +14,8 @@ from rocket import pipeline
 from rocket.compression import stored_values
 from rocket.config import RocketError, load_config
 from rocket.nn import CompressedLinear
-from rocket.pipeline import Session, run_pipeline
+from rocket.pipeline import run_pipeline
+from rocket.session import Session
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 from rocket.allocation import knapsack, uniform
 from rocket.allocation.budget import Budget, ModelSize
 from rocket.allocation.cap import cap_errors
+from rocket.allocation.prediction import MeasuredPoint, Prediction
 from rocket.calib import Calibration
 from rocket.config.errors import RocketError
 from rocket.config.schema import AllocationConfig, ProfilingConfig
@@ -116,17 +117,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A size and its predicted price: ``cost`` as in `Plan`."""
+    """A size and its predicted price: ``cost`` as in `Plan`.
+
+    ``loss_increase`` is that cost corrected by the planner's measured points, in nats a token; None without any.
+    """
 
     removed_ratio: float
     parameters: int
     bytes: int
     cost: float
+    loss_increase: float | None = None
 
 
 @dataclass(frozen=True)
 class Planner:
     """Profiles of a model, ready to be asked for a plan of any size.
+
+    ``measured`` holds at most two plans whose real price is known; it corrects the predictions of `curve`.
 
     >>> planner.curve()                                # doctest: +SKIP
     >>> planner.at(removed_ratio=0.3)                  # doctest: +SKIP
@@ -138,6 +145,7 @@ class Planner:
     profiling: ProfilingConfig
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     calibration: Calibration | None = field(default=None, repr=False)
+    measured: Sequence[MeasuredPoint] = ()
 
     def at(
         self, removed_ratio: float | None = None, kept_parameters: float | None = None, bytes: float | None = None
@@ -170,6 +178,7 @@ class Planner:
     def curve(self, removed_ratios: Sequence[float] | None = None) -> list[CurvePoint]:
         """Plans over a range of sizes (default 5 % to 65 % removed, as far as options reach), without building any."""
         wanted = removed_ratios or [round(0.05 * step, 2) for step in range(1, 14)]
+        prediction = Prediction.fit(self.measured) if self.measured else None
         points = []
         for removed_ratio in wanted:
             try:
@@ -177,7 +186,8 @@ class Planner:
             except RocketError:
                 logger.info("%.0f %% removed is beyond what the profiled options reach", 100 * removed_ratio)
                 break
-            points.append(CurvePoint(plan.removed_ratio, plan.parameters, plan.bytes, plan.cost))
+            increase = prediction(plan.cost) if prediction else None
+            points.append(CurvePoint(plan.removed_ratio, plan.parameters, plan.bytes, plan.cost, increase))
         return points
 
     def _capacity(self, budget: Budget) -> int:

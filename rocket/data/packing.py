@@ -20,7 +20,12 @@ OVERSAMPLING = 16
 
 
 def pack_tokens(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, num_samples: int | None, seed: int
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    num_samples: int | None,
+    seed: int,
+    spare: int = 0,
 ) -> torch.Tensor:
     """Join documents into one stream of tokens and cut it into sequences that do not overlap.
 
@@ -39,9 +44,10 @@ def pack_tokens(
         seq_len: Tokens in a sequence, at least 2.
         num_samples: Sequences wanted; None for all. If the text has fewer, all are used and a warning says so.
         seed: Of the shuffle and the draw.
+        spare: Further sequences to return behind the samples, as many as there are; the samples do not depend on it.
 
     Returns:
-        Token ids, int64 [num_samples, seq_len]; without padding.
+        Token ids, int64 [num_samples + spare, seq_len]; without padding.
 
     Raises:
         RocketError: The text does not fill one sequence, or a size is out of range.
@@ -70,7 +76,7 @@ def pack_tokens(
         return windows
     if count < num_samples:
         logger.warning("the text makes only %d sequences of %d tokens, not %d: using all", count, seq_len, num_samples)
-    return windows[torch.randperm(count, generator=generator)[:num_samples]]
+    return windows[torch.randperm(count, generator=generator)[: num_samples + spare]]
 
 
 def _tokenise(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Perplexity of a causal language model on held-out text."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +49,8 @@ def perplexity(
     same. Values depend on `seq_len` and on the tokenizer's vocabulary; compare only what shares both.
 
     model: a causal language model whose output has `logits` [batch, seq_len, vocabulary]; it stays on its device and
-    its training mode is restored. max_tokens: use only as many windows as fit into it, spread evenly over the whole text,
-    so that a short measurement does not hang on the first documents.
+    its training mode is restored. max_tokens: use only as many windows as fit into it, spread evenly over the whole
+    text, so that a short measurement does not hang on the first documents.
 
     Cost: one forward pass over the text; the loss is taken in fp32 from slices of the logits, so memory is the logits
     of one batch in the model's own dtype plus about 128 MiB.
@@ -71,15 +71,20 @@ def perplexity(
         )
     windows = _spread(tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len), count)
 
-    losses: list[torch.Tensor] = []
-    with evaluating(model):
-        for batch in track(windows.split(batch_size), "perplexity"):
-            ids = batch.to(model.device)
-            losses.append(_window_losses(model(input_ids=ids, use_cache=False).logits, ids).cpu())
-    window_losses = torch.cat(losses)
+    window_losses = window_losses_of(model, track(windows.split(batch_size), "perplexity"))
     loss = window_losses.mean().item()
     value = math.inf if loss > 700 else math.exp(loss)
     return Perplexity(value, loss, len(windows) * (seq_len - 1), seq_len, tuple(window_losses.tolist()))
+
+
+def window_losses_of(model: Any, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Mean nats per predicted token of each window, fp64 [windows], for batches of token ids [batch, seq_len]."""
+    losses: list[torch.Tensor] = []
+    with evaluating(model):
+        for batch in batches:
+            ids = batch.to(model.device)
+            losses.append(_window_losses(model(input_ids=ids, use_cache=False).logits, ids).cpu())
+    return torch.cat(losses)
 
 
 def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from rocket import pipeline
 from rocket.scripts.cli import ConfigOption, SetOption, console, run
 from rocket.scripts.compress_model import compress
 from rocket.scripts.evaluate_model import evaluate
 from rocket.scripts.gather_activations import gather_activations
+from rocket.scripts.plan_view import draw_plan, show_curve, show_plan
 from rocket.scripts.profile_layers import profile_layers
 from rocket.scripts.run_full_pipeline import run_pipeline
+from rocket.session import Session
 
 main = typer.Typer(
     add_completion=False,
@@ -26,23 +27,28 @@ main = typer.Typer(
 )
 
 
-def plan(config: ConfigOption = None, set_: SetOption = None) -> None:
+def plan(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    measure: Annotated[
+        list[float] | None,
+        typer.Option(help="Build and measure the plan of this removed ratio, to correct the curve. At most twice."),
+    ] = None,
+) -> None:
     """Show what each size would cost before any is built, and the plan for the config's budget."""
 
-    def stage(session: pipeline.Session) -> None:
-        planner = pipeline.profile_layers(session)
-        cost = {"loss": "predicted loss increase (nats)", "weight": "relative weight errors, summed"}.get(
-            planner.profiling.cost, "relative output errors, summed"
-        )
-        table = Table("removed %", "parameters", "bytes", cost, title="size and its price")
-        for point in planner.curve():
-            table.add_row(
-                f"{100 * point.removed_ratio:.1f}", f"{point.parameters:,}", f"{point.bytes:,}", f"{point.cost:.4f}"
-            )
-        console.print(table)
-        chosen = pipeline.make_plan(session)
-        forms = ", ".join(f"{count} {form}" for form, count in sorted(chosen.forms().items()))
-        console.print(f"{chosen.budget.name}: {forms}; cost {chosen.cost:.4f}; {chosen.bytes:,} bytes")
+    def stage(session: Session) -> None:
+        planner = pipeline.measure_prices(session, measure) if measure else pipeline.profile_layers(session)
+        points, chosen = planner.curve(), pipeline.make_plan(session)
+        show_curve(planner, points)
+        show_plan(planner, chosen)
+        path = session.run.path / "plans" / "curve.png"
+        try:
+            draw_plan(planner, points, chosen, path)
+        except ImportError:
+            console.print("no picture of it: pip install 'rocket-compress[report]' brings matplotlib")
+        else:
+            console.print(f"picture: {path}", soft_wrap=True)
 
     run(stage, config, set_)
 

@@ -90,3 +90,11 @@ def test_not_even_one_sequence(make_tokenizer, documents, tokens):
 def test_sizes_that_make_no_sense(make_tokenizer, seq_len, num_samples, match):
     with pytest.raises(RocketError, match=match):
         pack_tokens([words(0, 50)], make_tokenizer(), seq_len, num_samples, seed=0)
+
+
+def test_spare_windows_come_behind_the_same_samples(make_tokenizer):
+    arguments = ([words(0, 400), words(1, 400)], make_tokenizer(), 8, 4)
+    samples, both = pack_tokens(*arguments, seed=5), pack_tokens(*arguments, seed=5, spare=6)
+    assert both.shape == (10, 8)
+    assert torch.equal(both[:4], samples)
+    assert len({tuple(window) for window in both.tolist()}) == 10

@@ -104,6 +104,14 @@ def test_all_commands_in_turn(home):
     planned = invoke(main.main, "plan", *config)
     assert planned.exit_code == 0
     assert "removed-0.30: " in planned.stdout
+    assert "corrected" not in planned.stdout
+    assert (home / "run" / "plans" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for _ in range(2):  # the second time from what the first one stored
+        measured = invoke(main.main, "plan", *config, "--measure", 0.3, "--measure", 0.5)
+        assert measured.exit_code == 0
+        assert measured.stdout.count("measured at ") == 2
+        assert "corrected" in measured.stdout
+    assert invoke(main.main, "plan", *config, *["--measure", 0.3] * 3).exit_code == 2
     exported = invoke(main.main, "export", "--dense", *config)
     assert exported.exit_code == 0
     assert "removed-0.30-dense" in exported.stdout

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rocket import pipeline
+from rocket import pipeline, session
 from rocket.compression import stored_values
 from rocket.config import RocketError, load_config
 from rocket.nn import CompressedLinear
@@ -40,8 +40,8 @@ def write_config(tmp_path, model_dir, text_file):
 
 
 def run(path: Path, *overrides: str, stage=run_pipeline):
-    with Session(load_config(path, overrides)) as session:
-        return stage(session)
+    with Session(load_config(path, overrides)) as opened:
+        return stage(opened)
 
 
 def logged(path: Path) -> list[tuple[str, bool]]:
@@ -91,7 +91,7 @@ def test_second_run_skips_everything(write_config, monkeypatch):
     written, lines = artifacts(path), len(logged(path))
     assert not any(skipped for _, skipped in logged(path))
 
-    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("the model was loaded again"))
     second = run(path)
     assert dict(logged(path)[lines:]) == {
         "gather activations": True,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import evopress, sparsegpt, threebasil, wanda
 from benchmarks.harness import write_results
 from rocket.allocation import Plan, Planner, measure_size
-from rocket.calib import Calibration, collect_grams, measure_sensitivities
+from rocket.calib import Calibration, calibrate
 from rocket.compression.compress import build_layer
 from rocket.config import load_config
 from rocket.config.schema import AllocationConfig, ModelConfig, ProfilingConfig
@@ -37,7 +37,7 @@ from rocket.data import load_documents, pack_tokens
 from rocket.evaluation import chance_corrected_mean, paired_bootstrap, perplexity, zero_shot
 from rocket.forms import select_forms
 from rocket.models import load_model, target_layers
-from rocket.profiling import profile_layer
+from rocket.profiling import profile_layers
 from rocket.run import track
 
 Weights = dict[str, Tensor]
@@ -78,27 +78,14 @@ class Bench:
 
     @cached_property
     def calibration(self) -> Calibration:
-        batches = [{"input_ids": ids} for ids in self.tokens[: self.args.samples].split(8)]
-        collected = collect_grams(self.model, self.layers, track(batches, f"calibrate, seed {self.seed}"))
-        samples = self.tokens[: self.args.sensitivity_samples].split(2)
-        batches = [{"input_ids": ids} for ids in samples]
-        sensitivities = measure_sensitivities(self.model, self.layers, track(batches, "sensitivities"))
-        return replace(collected, sensitivities=sensitivities)
+        tokens = self.tokens[: self.args.samples]
+        return calibrate(self.model, self.layers, tokens, 8, self.args.sensitivity_samples)
 
     def planner(self, name: str, profiling: ProfilingConfig, allocation: AllocationConfig) -> Planner:
         """Profile under ``name`` once; other allocations of the same profiles are free."""
         if name not in self.planners:
             forms = select_forms(profiling.forms)
-            profiles = [
-                profile_layer(
-                    layer,
-                    self.calibration.inputs[layer],
-                    self.calibration.problem(layer, module.weight, profiling.cost),
-                    forms,
-                    profiling,
-                )
-                for layer, module in track(list(self.layers.items()), f"profile {name}")
-            ]
+            profiles = profile_layers(self.layers, self.calibration, forms, profiling)
             size = measure_size(self.model, self.layers.values())
             self.planners[name] = Planner(profiles, size, profiling, allocation, self.calibration)
         return replace(self.planners[name], allocation=allocation)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import Planner, measure_size
-from rocket.calib import collect_grams, measure_sensitivities
+from rocket.calib import calibrate
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.data import pack_tokens
 from rocket.forms import select_forms
 from rocket.models import evaluation_mode, refuse_quantized, target_layers
-from rocket.profiling import profile_layer
-from rocket.run import track
+from rocket.profiling import profile_layers
 
 
 def plan(
@@ -47,18 +45,7 @@ def plan(
     forms = select_forms(profiling.forms)
     layers = target_layers(model, targets, ignore)
     with evaluation_mode(model):
-        batches = [{"input_ids": ids} for ids in tokens.split(calib.batch_size)]
-        statistics = collect_grams(model, layers, track(batches, "calibrate"))
-        if profiling.cost == "loss":
-            samples = tokens[: calib.sensitivity_samples].split(2)
-            batches = [{"input_ids": ids} for ids in samples]
-            statistics = replace(
-                statistics, sensitivities=measure_sensitivities(model, layers, track(batches, "sensitivities"))
-            )
-    profiles = [
-        profile_layer(
-            name, statistics.inputs[name], statistics.problem(name, layer.weight, profiling.cost), forms, profiling
-        )
-        for name, layer in track(list(layers.items()), "profile layers")
-    ]
+        wanted = calib.sensitivity_samples if profiling.cost == "loss" else 0
+        statistics = calibrate(model, layers, tokens, calib.batch_size, wanted)
+    profiles = profile_layers(layers, statistics, forms, profiling)
     return Planner(profiles, measure_size(model, layers.values()), profiling, calibration=statistics)

@@ -19,7 +19,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
-from rocket.calib import Calibration, collect_grams, measure_sensitivities, pack_triangle, unpack_triangle
+from rocket.calib import (
+    SENSITIVITY_BATCH,
+    Calibration,
+    batches_of,
+    collect_grams,
+    measure_sensitivities,
+    pack_triangle,
+    unpack_triangle,
+)
 from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
 from rocket.data import load_documents, pack_tokens
@@ -30,7 +38,6 @@ from rocket.run import RunDirectory, Usage, fingerprint, track
 from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16
-SENSITIVITY_BATCH = 2
 MEASURING_WINDOWS = 32
 
 
@@ -74,15 +81,13 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     _check_positions(session)
     with session.stage("gather activations"):
         tokens = _calibration_tokens(session)
-        batches = [{"input_ids": ids} for ids in tokens.split(config.batch_size)]
-        calibration = collect_grams(model, layers, track(batches, "calibrate"))
+        calibration = collect_grams(model, layers, batches_of(tokens, config.batch_size, "calibrate"))
         for name in list(calibration.grams):
             run.write_tensors(_gram_file(name), expected, {"gram": pack_triangle(calibration.grams[name])})
     if config.sensitivity_samples:
         with session.stage("measure sensitivities"):
-            samples = tokens[: config.sensitivity_samples].split(SENSITIVITY_BATCH)
-            batches = [{"input_ids": ids} for ids in samples]
-            sensitivities = measure_sensitivities(model, layers, track(batches, "sensitivities"))
+            batches = batches_of(tokens[: config.sensitivity_samples], SENSITIVITY_BATCH, "sensitivities")
+            sensitivities = measure_sensitivities(model, layers, batches)
         run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
     size = measure_size(model, layers.values())
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}

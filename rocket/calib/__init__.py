@@ -1,7 +1,17 @@
 """What the layers of a model see: Gram matrices of their inputs (forward) and loss sensitivities (one backward)."""
 
+from rocket.calib.calibrate import SENSITIVITY_BATCH, batches_of, calibrate
 from rocket.calib.collect import Calibration, collect_grams
 from rocket.calib.gram import pack_triangle, unpack_triangle
 from rocket.calib.sensitivity import measure_sensitivities
 
-__all__ = ["Calibration", "collect_grams", "measure_sensitivities", "pack_triangle", "unpack_triangle"]
+__all__ = [
+    "SENSITIVITY_BATCH",
+    "Calibration",
+    "batches_of",
+    "calibrate",
+    "collect_grams",
+    "measure_sensitivities",
+    "pack_triangle",
+    "unpack_triangle",
+]

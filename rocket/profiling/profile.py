@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from rocket.calib import Calibration
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import Cost, LayerProblem
 from rocket.forms import Form, Option
+from rocket.run import track
 
 logger = logging.getLogger(__name__)
 
@@ -50,3 +54,15 @@ def profile_layer(
     if damping > 0:
         logger.info("%s: Gram matrix damped by %.0e of its mean diagonal", layer, damping)
     return LayerProfile(layer, input_group, problem.in_features, problem.out_features, problem.cost, damping, options)
+
+
+def profile_layers(
+    layers: Mapping[str, nn.Linear], calibration: Calibration, forms: Sequence[Form], settings: ProfilingConfig
+) -> list[LayerProfile]:
+    """`profile_layer` of each, with a progress bar."""
+    return [
+        profile_layer(
+            name, calibration.inputs[name], calibration.problem(name, layer.weight, settings.cost), forms, settings
+        )
+        for name, layer in track(list(layers.items()), "profile layers")
+    ]

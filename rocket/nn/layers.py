@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rocket.kernels import bitmap, ops
+
+if TYPE_CHECKING:
+    from rocket.nn.fuse import SharedInput
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,16 @@ class LowRankLinear(CompressedLinear):
 
 
 class SparseLinear(CompressedLinear):
-    """W sparse: ``weight`` [nnz] holds the kept values row by row, ``mask`` their places (see `kernels.bitmap`)."""
+    """W sparse: ``weight`` [nnz] holds the kept values row by row, ``mask`` their places (see `kernels.bitmap`).
+
+    ``shared_input`` is set while the layer multiplies together with others (`nn.fuse`); ``place`` is its number there.
+    """
 
     form = "sparse"
     tensors = ("weight", "mask")
     mask: Tensor
+    shared_input: SharedInput | None = None
+    place: int = 0
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
@@ -130,9 +138,23 @@ class SparseLinear(CompressedLinear):
         self._store_sparse(spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.offsets is not None and not needs_gradient(inputs, self.weight):
-            return ops.sparse_linear(inputs, self.weight, self.mask, self.offsets, self.in_features, self.bias)
-        return F.linear(inputs, self.dense_weight(), self.bias)
+        if self.offsets is None or needs_gradient(inputs, self.weight):
+            return F.linear(inputs, self.dense_weight(), self.bias)
+        if self.shared_input is not None and inputs.shape[:-1].numel() <= ops.MAX_KERNEL_BATCH:
+            return self.shared_input.product(self, inputs)
+        return ops.sparse_linear(inputs, self.weight, self.mask, self.offsets, self.in_features, self.bias)
+
+    def use_kernels(self, wanted: bool = True) -> None:
+        if not wanted and self.shared_input is not None:
+            self.shared_input.dissolve()
+        super().use_kernels(wanted)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Another device or type: tensors move one by one, so the layer leaves those it multiplied with."""
+        if self.shared_input is not None:
+            self.shared_input.dissolve()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def dense_weight(self) -> Tensor:
         return _expand(self.weight, self.mask, self.in_features)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rocket.kernels import library, ops
-from rocket.nn.layers import CompressedLinear, needs_gradient
+from rocket.nn.fuse import share_inputs
+from rocket.nn.layers import CompressedLinear, SparseLinear, needs_gradient
 
 Backend = Literal["auto", "trivial"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,8 +44,9 @@ class LayerExplanation:
 def optimize(model: Model, backend: Backend = "auto") -> Model:
     """Make a model's linear layers run by the kernels, in place; the result is the model itself.
 
-    Compressed layers multiply by their packed matrices instead of expanding them first, and on a CPU the dense layers
-    (the output embedding too) take a matrix-vector product that reads memory at full speed. Tensors and checkpoints
+    Compressed layers multiply by their packed matrices instead of expanding them first, sparse ones that read the same
+    input in one product (`nn.fuse`), and on a CPU the dense layers (the output embedding too) take a matrix-vector
+    product that reads memory at full speed. Tensors and checkpoints
     stay as they are. ``backend="trivial"`` takes it all back. Calling it again changes nothing; `explain` tells what
     was chosen. Where a gradient is wanted, layers go the trivial way by themselves.
 
@@ -54,8 +56,10 @@ def optimize(model: Model, backend: Backend = "auto") -> Model:
         raise ValueError(f"backend={backend!r}: there are 'auto' and 'trivial'")
     wanted = backend == "auto"
     for module in list(model.modules()):
-        if isinstance(module, CompressedLinear):
+        if isinstance(module, CompressedLinear) and module.uses_kernels != wanted:
             module.use_kernels(wanted)
+    if wanted:
+        share_inputs(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if wanted and _left_dense(child) is None:
@@ -86,7 +90,10 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
             return LayerExplanation(name, module.form, "torch", "not optimized: sparse matrices are expanded first")
         if kernel is None:
             return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
-        return LayerExplanation(name, module.form, kernel, "packed values, expanded only for many rows of input")
+        reason = "packed values, expanded only for many rows of input"
+        if isinstance(module, SparseLinear) and module.shared_input is not None:
+            reason += f"; one product for {len(module.shared_input.layers)} layers of this input"
+        return LayerExplanation(name, module.form, kernel, reason)
     if type(module) is DenseLinear:
         return LayerExplanation(name, "dense", kernel or "torch", "memory-speed product for few rows of input")
     return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")

@@ -1,0 +1,126 @@
+"""Sparse layers of one input multiply together; nothing else changes."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rocket
+from rocket.kernels import ops
+from rocket.nn import SparseLinear
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, token_ids, quick_settings, tmp_path_factory):
+    """Checkpoints of tiny models whose layers are all sparse, by family."""
+    calib, profiling = quick_settings
+    paths = {}
+
+    def save(family: str):
+        if family not in paths:
+            model = make_model(family)
+            planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+            choices = {
+                profile.layer: [option for option in profile.options if option.form == "sparse"][-1]
+                for profile in planner.profiles
+            }
+            paths[family] = tmp_path_factory.mktemp(family)
+            rocket.compress(model, replace(planner.at(removed_ratio=0.2), choices=choices)).save_pretrained(
+                paths[family]
+            )
+        return paths[family]
+
+    return save
+
+
+@pytest.fixture(params=["llama", "qwen2"])  # qwen2's q, k and v have biases
+def model(request, saved):
+    return AutoModelForCausalLM.from_pretrained(saved(request.param))
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def groups(model):
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    return {id(layer.shared_input): layer.shared_input for layer in layers if layer.shared_input is not None}
+
+
+def test_layers_of_one_input_multiply_together(model, token_ids, monkeypatch):
+    blocks = model.config.num_hidden_layers
+    expected = logits(model, token_ids[:1, :3])
+    model.optimize()
+    assert sorted(len(group.layers) for group in groups(model).values()) == [2] * blocks + [3] * blocks
+    calls = []
+    product = ops.sparse_linear
+    monkeypatch.setattr(ops, "sparse_linear", lambda *args: calls.append(args) or product(*args))
+    torch.testing.assert_close(logits(model, token_ids[:1, :3]), expected, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 4 * blocks  # q k v, o, gate up, down
+    assert all(group._pending is None for group in groups(model).values())
+
+
+def test_many_rows_multiply_apart(model, token_ids):
+    expected = logits(model, token_ids[:4])
+    torch.testing.assert_close(logits(model.optimize(), token_ids[:4]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_stored_twice(model):
+    model.optimize()
+    for group in groups(model).values():
+        for layer in group.layers:
+            assert layer.weight.untyped_storage().data_ptr() == group.values.untyped_storage().data_ptr()
+            assert layer.mask.untyped_storage().data_ptr() == group.mask.untyped_storage().data_ptr()
+
+
+def test_any_order_and_any_input_is_right(model):
+    group = next(iter(groups(model.optimize()).values()))
+    first, second = group.layers[:2]
+    x, y = torch.randn(2, 1, first.in_features)
+    with torch.no_grad():
+        apart = {(layer, z): layer.dense_weight() @ z[0] for layer in (first, second) for z in (x, y)}
+        bias = {layer: 0 if layer.bias is None else layer.bias for layer in (first, second)}
+        for layer, z in [(second, x), (first, y), (first, y), (second, y), (second, x), (first, x)]:
+            torch.testing.assert_close(layer(z)[0], apart[layer, z] + bias[layer], rtol=1e-5, atol=1e-5)
+
+
+def test_other_types_and_copies_part_and_can_join_again(model, token_ids):
+    model.optimize()
+    copied = copy.deepcopy(model)
+    assert not groups(copied)
+    torch.testing.assert_close(logits(copied, token_ids[:1, :2]), logits(model, token_ids[:1, :2]))
+    assert len(groups(copied.optimize())) == len(groups(model))
+    model.to(torch.bfloat16)
+    assert not groups(model)
+    assert logits(model, token_ids[:1, :2]).dtype == torch.bfloat16
+    assert groups(model.optimize())
+    model.optimize(backend="trivial")
+    assert not groups(model)
+
+
+def test_saves_and_reopens(model, token_ids, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.optimize().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+def test_compiles_to_one_graph(model, token_ids):
+    expected = logits(model, token_ids[:1, :4])
+    model.optimize()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(2):
+        with torch.no_grad():
+            found = compiled(input_ids=token_ids[:1, :4], use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert all(group._pending is None for group in groups(model).values())
+
+
+def test_is_explained(model):
+    entries = {entry.layer: entry for entry in rocket.explain(model.optimize())}
+    entry = next(entry for name, entry in entries.items() if name.endswith("gate_proj"))
+    assert "one product for 2 layers" in entry.reason

@@ -6,7 +6,9 @@
 Rows: `forward` is the model alone on the calibration batches, `forward+grams` the calibration stage, `sensitivities`
 the backward pass; `profile` and `build` are seconds a layer of a shape (median and spread over the blocks measured), or
 `all` for their sum; `exhaustive` is the paper's full search of every (removed ratio, rank/support) pair through
-explicit dictionaries, with what our search loses against it in `cost_excess`.
+explicit dictionaries, with what our search loses against it in `cost_excess`; `factorize` is one layer of each shape
+from its Gram matrix to its new weight, at the same stored values: by K-SVD (CoSpaDi), by the paper's one shot, by our
+refitted dictionary and by our sparse form, with the relative output error E‖Δx‖² / E‖Wx‖² that each leaves.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import write_results
+from benchmarks.methods import cospadi_layer
 from rocket.allocation import Planner, measure_size
 from rocket.calib import Calibration, collect_grams, measure_sensitivities
 from rocket.compression.compress import build_layer
@@ -30,6 +34,7 @@ from rocket.config.schema import AllocationConfig, ModelConfig, ProfilingConfig
 from rocket.data import load_documents, pack_tokens
 from rocket.factorization.dictionary import factorize
 from rocket.factorization.problem import LayerProblem
+from rocket.factorization.sparse import scale_problem
 from rocket.forms import Option, select_forms
 from rocket.forms.dictionary import sizes_for
 from rocket.models import load_model, target_layers
@@ -109,8 +114,7 @@ def profile_and_build(
 def compare_exhaustive(rows: Rows, layers: dict[str, Any], calibration: Calibration) -> None:
     """Our search against the full one, on one layer of each shape."""
     settings = METHODS["paper"]
-    by_shape = {(layer.out_features, layer.in_features): name for name, layer in layers.items()}
-    for (out_features, in_features), name in by_shape.items():
+    for (out_features, in_features), name in by_shape(layers).items():
         problem = calibration.problem(name, layers[name].weight, "weight")
         shape = f"{out_features}x{in_features}"
         with rows.stage("exhaustive", method="paper", layer_shape=shape):
@@ -123,6 +127,55 @@ def compare_exhaustive(rows: Rows, layers: dict[str, Any], calibration: Calibrat
         rows[-1]["cost_excess"] = worst
 
 
+def compare_ksvd(
+    rows: Rows, layers: dict[str, Any], calibration: Calibration, removed_ratio: float, iterations: int
+) -> None:
+    """K-SVD against closed forms on the last layer of each shape; ``speedup`` is K-SVD's time over the method's."""
+
+    def paper(problem: LayerProblem, rank: int, support: int) -> Tensor:
+        dictionary, coefficients, _ = factorize(problem, rank, support)
+        return coefficients @ dictionary
+
+    def refitted(problem: LayerProblem, rank: int, support: int) -> Tensor:
+        settings = METHODS["rocket"]
+        dictionary, coefficients, _ = factorize(
+            problem,
+            rank,
+            support,
+            exponent=settings.importance_exponent,
+            thresholds=settings.thresholds,
+            refits=settings.refits,
+        )
+        return coefficients @ dictionary
+
+    def sparse(problem: LayerProblem, rank: int, support: int) -> Tensor:
+        scaled = scale_problem(problem)
+        count = rank * problem.in_features + support * problem.out_features
+        return scaled.unscale(scaled.sparsify(count)[0])
+
+    ours: dict[str, Callable[[LayerProblem, int, int], Tensor]] = {
+        "paper": paper,
+        "rocket-dictionary": refitted,
+        "rocket-sparse": sparse,
+    }
+    for (out_features, in_features), name in by_shape(layers).items():
+        common = {"layer_shape": f"{out_features}x{in_features}", "removed_ratio": removed_ratio}
+        problem = calibration.problem(name, layers[name].weight, "activation")
+        with rows.stage("factorize", method="cospadi", iterations=iterations, **common) as usage:
+            weight, rank, support = cospadi_layer(problem, removed_ratio, iterations)
+        rows[-1]["relative_error"] = problem.evaluate(weight)
+        for method, compute in ours.items():
+            problem = calibration.problem(name, layers[name].weight, "activation")  # with nothing computed yet
+            with rows.stage("factorize", method=method, **common) as own:
+                weight = compute(problem, rank, support)
+            rows[-1].update(relative_error=problem.evaluate(weight), speedup=usage.seconds / own.seconds)
+
+
+def by_shape(layers: dict[str, Any]) -> dict[tuple[int, int], str]:
+    """The last layer of each shape."""
+    return {(layer.out_features, layer.in_features): name for name, layer in layers.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded:smollm2-135m")
@@ -133,6 +186,8 @@ def main() -> None:
     parser.add_argument("--sensitivity-samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exhaustive", action="store_true", help="also time the paper's full search (minutes)")
+    parser.add_argument("--ksvd", type=int, default=0, help="also compare with K-SVD of this many iterations (60)")
+    parser.add_argument("--ksvd-removed", type=float, default=0.3, help="share removed in that comparison")
     parser.add_argument("--output", default="compression_speed", help="name of the results file")
     args = parser.parse_args()
     model, tokenizer = load_model(ModelConfig(path=args.model))
@@ -158,6 +213,8 @@ def main() -> None:
         profile_and_build(rows, method, METHODS[method], chosen, calibration, model)
     if args.exhaustive:
         compare_exhaustive(rows, chosen, calibration)
+    if args.ksvd:
+        compare_ksvd(rows, chosen, calibration, args.ksvd_removed, args.ksvd)
     write_results(args.output, rows)
 
 

@@ -15,215 +15,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from benchmarks.baselines import evopress, sparsegpt, threebasil, wanda
 from benchmarks.harness import write_results
-from rocket.allocation import Plan, Planner, measure_size
-from rocket.calib import Calibration, calibrate
-from rocket.compression.compress import build_layer
-from rocket.config import load_config
-from rocket.config.schema import AllocationConfig, ModelConfig, ProfilingConfig
-from rocket.data import load_documents, pack_tokens
+from benchmarks.methods import METHODS, Bench, swapped
+from rocket.config.schema import ModelConfig
+from rocket.data import load_documents
 from rocket.evaluation import chance_corrected_mean, paired_bootstrap, perplexity, zero_shot
-from rocket.forms import select_forms
-from rocket.models import load_model, target_layers
-from rocket.profiling import profile_layers
-from rocket.run import track
-
-Weights = dict[str, Tensor]
-PAPER = Path(__file__).parents[1] / "rocket" / "config" / "paper.yaml"
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """A method's answer: dense equivalents of the layers it changed, and what they take."""
-
-    weights: Weights
-    removed_ratio: float
-    bytes_removed_ratio: float
-    forms: str
-    predicted: float | None = None
-
-
-@dataclass
-class Bench:
-    """One calibration seed of one model, with what the methods share computed once."""
-
-    args: argparse.Namespace
-    model: Any
-    tokenizer: Any
-    seed: int
-    planners: dict[str, Planner] = field(default_factory=dict)
-
-    @cached_property
-    def layers(self) -> dict[str, nn.Linear]:
-        return target_layers(self.model)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Calibration windows, and behind them as many again that no method calibrates on (for searches)."""
-        documents = load_documents(self.args.calibration, "calibration")
-        samples = self.args.samples + self.args.search_samples
-        return pack_tokens(documents.texts, self.tokenizer, self.args.seq_len, samples, self.seed)
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        tokens = self.tokens[: self.args.samples]
-        return calibrate(self.model, self.layers, tokens, 8, self.args.sensitivity_samples)
-
-    def planner(self, name: str, profiling: ProfilingConfig, allocation: AllocationConfig) -> Planner:
-        """Profile under ``name`` once; other allocations of the same profiles are free."""
-        if name not in self.planners:
-            forms = select_forms(profiling.forms)
-            profiles = profile_layers(self.layers, self.calibration, forms, profiling)
-            size = measure_size(self.model, self.layers.values())
-            self.planners[name] = Planner(profiles, size, profiling, allocation, self.calibration)
-        return replace(self.planners[name], allocation=allocation)
-
-    def search_loss(self) -> float:
-        """Mean loss on windows of the calibration domain that no method calibrated on."""
-        total = 0.0
-        windows = self.tokens[self.args.samples :]
-        with torch.inference_mode():
-            for ids in windows.split(8):
-                ids = ids.to(self.model.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-        return total / (windows.numel() - len(windows))
-
-
-@contextmanager
-def swapped(layers: Mapping[str, nn.Linear], weights: Weights) -> Iterator[None]:
-    """Put other weights into the layers for a while."""
-    saved = {name: layers[name].weight.data for name in weights}
-    try:
-        for name, weight in weights.items():
-            layers[name].weight.data = weight.to(saved[name])
-        yield
-    finally:
-        for name, weight in saved.items():
-            layers[name].weight.data = weight
-
-
-def of_plan(bench: Bench, plan: Plan) -> Compressed:
-    """Build a plan's layers and multiply them out."""
-    weights: Weights = {}
-    for name, option in track(plan.choices.items(), "build"):
-        if option.form == "dense":
-            continue
-        linear = bench.layers[name]
-        problem = bench.calibration.problem(name, linear.weight, plan.profiling.cost)
-        layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
-        weights[name] = layer.float().dense_weight().detach().to(linear.weight.dtype)
-    forms = "+".join(sorted(form for form in plan.forms() if form != "dense"))
-    return Compressed(weights, plan.removed_ratio, plan.bytes_removed_ratio, forms, plan.cost)
-
-
-def by_pruning(bench: Bench, removed_ratio: float, prune: Callable[[Tensor, Tensor, float], Tensor]) -> Compressed:
-    """The same share of every layer pruned, stored like our sparse layers."""
-    weights = {}
-    for name, linear in track(list(bench.layers.items()), "prune"):
-        gram = bench.calibration.gram(name).to(linear.weight.device)
-        weights[name] = prune(linear.weight.detach().float(), gram, removed_ratio).to(linear.weight.dtype)
-    size = measure_size(bench.model, bench.layers.values())
-    kept = sum(int((weight != 0).sum()) for weight in weights.values())
-    mask_bytes = sum(weight.shape[0] * 8 * -(-weight.shape[1] // 64) for weight in weights.values())
-    stored = kept * size.itemsize + mask_bytes + size.other_bytes
-    return Compressed(weights, 1 - kept / size.target_parameters, 1 - stored / size.bytes, "sparse")
-
-
-def sparse_plus_low_rank(bench: Bench, removed_ratio: float) -> Compressed:
-    """3BASiL at the same stored values a layer; the sparse part's mask takes its bits too."""
-    weights, stored = {}, 0
-    for name, linear in track(list(bench.layers.items()), "3basil"):
-        gram = bench.calibration.gram(name).to(linear.weight.device)
-        weight, values = threebasil.decompose(linear.weight.detach().float(), gram, removed_ratio)
-        weights[name] = weight.to(linear.weight.dtype)
-        stored += values
-    size = measure_size(bench.model, bench.layers.values())
-    mask_bytes = sum(weight.shape[0] * 8 * -(-weight.shape[1] // 64) for weight in weights.values())
-    total = stored * size.itemsize + mask_bytes + size.other_bytes
-    return Compressed(weights, 1 - stored / size.target_parameters, 1 - total / size.bytes, "sparse+low_rank")
-
-
-def rocket_planner(bench: Bench, forms: list[str] | None = None, method: str = "knapsack") -> Planner:
-    profiling = ProfilingConfig() if forms is None else ProfilingConfig(forms=forms)
-    name = "rocket " + "+".join(profiling.forms)
-    return bench.planner(name, profiling, AllocationConfig(method=method))
-
-
-def paper_planner(bench: Bench, method: str = "knapsack") -> Planner:
-    config = load_config(PAPER)
-    return bench.planner("paper", config.profiling, AllocationConfig(method=method, error_cap=method == "knapsack"))
-
-
-def svd_llm(bench: Bench, removed_ratio: float) -> Compressed:
-    profiling = ProfilingConfig(forms=["low_rank"], cost="activation")
-    planner = bench.planner("svd-llm", profiling, AllocationConfig(method="uniform"))
-    return of_plan(bench, planner.at(removed_ratio=removed_ratio))
-
-
-def evopress_from(bench: Bench, removed_ratio: float, start: str) -> Compressed:
-    """EvoPress over the sparse options of every layer, scored by the loss on windows set apart for the search."""
-    planner = rocket_planner(bench, ["sparse"], method=start)
-    first = planner.at(removed_ratio=removed_ratio)
-    sizes = [np.array([option.parameters for option in profile.options]) for profile in planner.profiles]
-    begin = [profile.options.index(first.choices[profile.layer]) for profile in planner.profiles]
-    built: dict[tuple[str, int], Tensor] = {}
-
-    def weight(profile: Any, level: int) -> Tensor:
-        key = (profile.layer, level)
-        if key not in built:
-            only = replace(first, choices={profile.layer: profile.options[level]})
-            built.update({(name, level): value for name, value in of_plan(bench, only).weights.items()})
-        return built[key]
-
-    def chosen(levels: Any) -> Weights:
-        return {
-            profile.layer: weight(profile, level)
-            for profile, level in zip(planner.profiles, levels, strict=True)
-            if profile.options[level].form != "dense"
-        }
-
-    def evaluate(levels: Any) -> float:
-        with swapped(bench.layers, chosen(levels)):
-            return bench.search_loss()
-
-    budget = int((1 - removed_ratio) * planner.size.target_parameters)
-    levels, _ = evopress.search(evaluate, sizes, begin, budget, bench.args.evaluations, bench.seed)
-    picked = {profile.layer: profile.options[level] for profile, level in zip(planner.profiles, levels, strict=True)}
-    plan = replace(first, choices=picked)
-    return Compressed(chosen(levels), plan.removed_ratio, plan.bytes_removed_ratio, "sparse")
-
-
-METHODS: dict[str, Callable[[Bench, float], Compressed]] = {
-    "svd-llm": svd_llm,
-    "paper": lambda bench, size: of_plan(bench, paper_planner(bench).at(removed_ratio=size)),
-    "paper-uniform": lambda bench, size: of_plan(bench, paper_planner(bench, "uniform").at(removed_ratio=size)),
-    "rocket": lambda bench, size: of_plan(bench, rocket_planner(bench).at(removed_ratio=size)),
-    "rocket-uniform": lambda bench, size: of_plan(
-        bench, rocket_planner(bench, method="uniform").at(removed_ratio=size)
-    ),
-    "rocket-dictionary": lambda bench, size: of_plan(
-        bench, rocket_planner(bench, ["dictionary"]).at(removed_ratio=size)
-    ),
-    "rocket-sparse": lambda bench, size: of_plan(bench, rocket_planner(bench, ["sparse"]).at(removed_ratio=size)),
-    "wanda": lambda bench, size: by_pruning(bench, size, wanda.prune),
-    "sparsegpt": lambda bench, size: by_pruning(bench, size, sparsegpt.prune),
-    "3basil": sparse_plus_low_rank,
-    "evopress-uniform": lambda bench, size: evopress_from(bench, size, "uniform"),
-    "evopress-plan": lambda bench, size: evopress_from(bench, size, "knapsack"),
-}
+from rocket.models import load_model
 
 
 def measure_texts(bench: Bench, args: argparse.Namespace) -> dict[str, float]:
@@ -284,7 +84,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded:smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
-        "--methods", nargs="+", default=["svd-llm", "paper", "rocket"], help=f"all, or: {list(METHODS)}"
+        "--methods", nargs="+", default=["svd-llm", "paper", "rocket"], help=f"all (but cospadi), or: {list(METHODS)}"
     )
     parser.add_argument("--sizes", nargs="+", type=float, default=[0.2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="calibration seeds")
@@ -294,6 +94,15 @@ def main() -> None:
     parser.add_argument("--sensitivity-samples", type=int, default=16)
     parser.add_argument("--search-samples", type=int, default=16, help="further windows, for methods that search")
     parser.add_argument("--evaluations", type=int, default=100, help="candidate evaluations of a search")
+    parser.add_argument(
+        "--measure", nargs="*", type=float, default=[], help="at most two sizes that correct rocket's prices"
+    )
+    parser.add_argument(
+        "--level-step", type=int, default=3, help="paper-strs, paper-learned: every n-th size of a layer"
+    )
+    parser.add_argument("--strs-samples", type=int, default=2, help="windows of each of paper-strs's many evaluations")
+    parser.add_argument("--learning-steps", type=int, default=60, help="gradient steps of paper-learned")
+    parser.add_argument("--cospadi-iterations", type=int, default=60)
     parser.add_argument("--texts", nargs="+", default=["embedded", "embedded:boolq"])
     parser.add_argument("--max-tokens", type=int, default=65536, help="of each text")
     parser.add_argument("--tasks", nargs="*", default=[], help="zero-shot tasks, for the methods in --task-methods")
@@ -301,7 +110,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="items a task")
     parser.add_argument("--output", default="quality", help="name of the results file")
     args = parser.parse_args()
-    methods = list(METHODS) if args.methods == ["all"] else args.methods
+    methods = [name for name in METHODS if name != "cospadi"] if args.methods == ["all"] else args.methods
     model, tokenizer = load_model(ModelConfig(path=args.model, dtype=args.dtype))
     rows: list[dict[str, Any]] = []
     dense: dict[str, float] = {}
@@ -322,6 +131,7 @@ def main() -> None:
                     "removed_ratio": result.removed_ratio,
                     "bytes_removed_ratio": result.bytes_removed_ratio,
                     "predicted_excess_loss": result.predicted if method.startswith("rocket") else None,
+                    "corrected_excess_loss": result.corrected,
                     "calibration_tokens": args.samples * args.seq_len,
                     "seed": seed,
                 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap, ops
+from rocket.kernels import bitmap, macko, ops
 
 if TYPE_CHECKING:
     from rocket.nn.fuse import SharedInput
@@ -50,12 +50,14 @@ class CompressedLinear(nn.Module):
     ``tensors`` are the names under which a subclass stores W: parameters, and ``mask`` where it is sparse.
     ``mask_columns`` are the columns of that mask that are not padding. ``uses_kernels`` tells whether products go
     through `kernels.ops`; ``offsets`` then holds where the rows of the sparse matrix begin, and is never saved.
+    ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
     """
 
     form: str
     tensors: tuple[str, ...]
     mask_columns: int = 0
     uses_kernels: bool = False
+    macko: macko.Packed | None = None
     bias: nn.Parameter | None
     offsets: Tensor | None
 
@@ -72,8 +74,22 @@ class CompressedLinear(nn.Module):
     def use_kernels(self, wanted: bool = True) -> None:
         """Multiply by the packed matrix from now on, or (False) expand it at every call again."""
         self.uses_kernels = wanted
+        self.macko = None
         if "mask" in self.tensors:
             self.offsets = bitmap.row_offsets(self.get_buffer("mask")) if wanted else None
+
+    def use_macko(self) -> None:
+        """Multiply single rows of input by MACKO's kernel, where `macko.fits` the layer's values."""
+        if "mask" in self.tensors and macko.fits(self.get_parameter("weight")):
+            with torch.no_grad():
+                matrix = _expand(self.get_parameter("weight"), self.get_buffer("mask"), self.mask_columns)
+                self.macko = macko.compress(matrix)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        """Another device or type: what `use_macko` made of the tensors is left behind."""
+        self.macko = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _store_sparse(self, columns: int) -> None:
         """Make ``weight`` and ``mask`` for a sparse matrix [out, columns]."""
@@ -140,6 +156,8 @@ class SparseLinear(CompressedLinear):
     def forward(self, inputs: Tensor) -> Tensor:
         if self.offsets is None or needs_gradient(inputs, self.weight):
             return F.linear(inputs, self.dense_weight(), self.bias)
+        if self.macko is not None and inputs.shape[:-1].numel() == 1:
+            return macko.linear(self.macko, inputs, self.bias)
         if self.shared_input is not None and inputs.shape[:-1].numel() <= ops.MAX_KERNEL_BATCH:
             return self.shared_input.product(self, inputs)
         return ops.sparse_linear(inputs, self.weight, self.mask, self.offsets, self.in_features, self.bias)
@@ -149,12 +167,11 @@ class SparseLinear(CompressedLinear):
             self.shared_input.dissolve()
         super().use_kernels(wanted)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Another device or type: tensors move one by one, so the layer leaves those it multiplied with."""
         if self.shared_input is not None:
             self.shared_input.dissolve()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return super()._apply(fn, recurse)
 
     def dense_weight(self) -> Tensor:
         return _expand(self.weight, self.mask, self.in_features)
@@ -178,9 +195,11 @@ class FactorizedLinear(CompressedLinear):
         return _expand(self.weight, self.mask, self.spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.offsets is not None and not needs_gradient(inputs, self.weight, self.dictionary):
-            return ops.factor_linear(inputs, self.dictionary, self.weight, self.mask, self.offsets, self.bias)
-        return F.linear(F.linear(inputs, self.dictionary), self.coefficients(), self.bias)
+        if self.offsets is None or needs_gradient(inputs, self.weight, self.dictionary):
+            return F.linear(F.linear(inputs, self.dictionary), self.coefficients(), self.bias)
+        if self.macko is not None and inputs.shape[:-1].numel() == 1:
+            return macko.linear(self.macko, F.linear(inputs, self.dictionary), self.bias)
+        return ops.factor_linear(inputs, self.dictionary, self.weight, self.mask, self.offsets, self.bias)
 
     def dense_weight(self) -> Tensor:
         return self.coefficients() @ self.dictionary

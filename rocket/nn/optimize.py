@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rocket.kernels import library, ops
+from rocket.kernels import library, macko, ops
 from rocket.nn.fuse import share_inputs
 from rocket.nn.layers import CompressedLinear, SparseLinear, needs_gradient
 
-Backend = Literal["auto", "trivial"]
+Backend = Literal["auto", "trivial", "macko"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -46,18 +46,25 @@ def optimize(model: Model, backend: Backend = "auto") -> Model:
 
     Compressed layers multiply by their packed matrices instead of expanding them first, sparse ones that read the same
     input in one product (`nn.fuse`), and on a CPU the dense layers (the output embedding too) take a matrix-vector
-    product that reads memory at full speed. Tensors and checkpoints
-    stay as they are. ``backend="trivial"`` takes it all back. Calling it again changes nothing; `explain` tells what
-    was chosen. Where a gradient is wanted, layers go the trivial way by themselves.
+    product that reads memory at full speed. Tensors and checkpoints stay as they are. Where a gradient is wanted,
+    layers go the trivial way by themselves. Calling it again changes nothing; `explain` tells what was chosen.
 
-    Raises ValueError for an unknown backend.
+    ``backend="trivial"`` takes it all back. ``backend="macko"`` is ``auto``, but single rows of input to float16 sparse
+    matrices on a CUDA device go to `macko_spmv`, if that is installed.
+
+    Raises ValueError for an unknown backend, or one whose package is not installed.
     """
-    if backend not in ("auto", "trivial"):
-        raise ValueError(f"backend={backend!r}: there are 'auto' and 'trivial'")
-    wanted = backend == "auto"
-    for module in list(model.modules()):
-        if isinstance(module, CompressedLinear) and module.uses_kernels != wanted:
+    if backend not in ("auto", "trivial", "macko"):
+        raise ValueError(f"backend={backend!r}: there are 'auto', 'trivial' and 'macko'")
+    if backend == "macko":
+        macko.load()
+    wanted = backend != "trivial"
+    compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    for module in compressed:
+        if module.uses_kernels != wanted or (module.macko is not None and backend != "macko"):
             module.use_kernels(wanted)
+        if backend == "macko" and module.macko is None:
+            module.use_macko()
     if wanted:
         share_inputs(model)
     for parent in list(model.modules()):
@@ -90,6 +97,8 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
             return LayerExplanation(name, module.form, "torch", "not optimized: sparse matrices are expanded first")
         if kernel is None:
             return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
+        if module.macko is not None:
+            return LayerExplanation(name, module.form, "macko", f"one row of input; {kernel} for more")
         reason = "packed values, expanded only for many rows of input"
         if isinstance(module, SparseLinear) and module.shared_input is not None:
             reason += f"; one product for {len(module.shared_input.layers)} layers of this input"

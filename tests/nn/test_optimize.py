@@ -156,5 +156,5 @@ def test_types_without_a_kernel_are_left_alone(make_model):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend='cuda': there are 'auto' and 'trivial'"):
+    with pytest.raises(ValueError, match="backend='cuda': there are 'auto', 'trivial' and 'macko'"):
         rocket.optimize(nn.Linear(2, 2), backend="cuda")

@@ -73,17 +73,29 @@ def test_generation_is_token_identical_in_float32(path, token_ids):
     assert torch.equal(model.optimize().generate(token_ids[:2, :8], **options), expected)
 
 
-@pytest.mark.parametrize("optimized", [False, True])
-def test_compiles_to_one_graph(saved, token_ids, optimized):
-    model = AutoModelForCausalLM.from_pretrained(saved("llama"))
-    expected = logits(model, token_ids[:1])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("optimized", "dtype"),
+    [(True, torch.float32), (True, torch.bfloat16), (True, torch.float16), (False, torch.bfloat16)],
+)
+def test_opens_optimizes_and_compiles_to_one_graph(saved, token_ids, optimized, dtype, device):
+    """The way that the paper's authors show: device_map, torch_dtype, optimize(), torch.compile."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = AutoModelForCausalLM.from_pretrained(saved("llama"), device_map=device, torch_dtype=dtype)
+    ids = token_ids[:1].to(device)
+    expected = logits(model, ids)
     if optimized:
         model.optimize()
     torch._dynamo.reset()
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     with torch.no_grad():
-        found = compiled(input_ids=token_ids[:1], use_cache=False).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found = compiled(input_ids=ids, use_cache=False).logits
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
 
 
 def test_what_is_saved_does_not_change(path, tmp_path):

@@ -73,7 +73,8 @@ def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
 
     rows: JSON values only; one row per configuration, columns may differ between rows.
     """
-    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+    spec = sys.modules["__main__"].__spec__
+    command = " ".join(["python -m", spec.name if spec else f"benchmarks.{name}", *sys.argv[1:]])
     results = {
         "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),

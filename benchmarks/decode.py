@@ -7,14 +7,20 @@ Weights are random: speed does not depend on their values. Layer rows time one p
 memory (each contender goes through copies that exceed the last cache), contenders taking turns in every round; ratios
 are of medians. `stream_share` is the rate at which the contender reads its own weights, over the best rate at which
 this machine reads at all. Model rows are tokens a second of `generate` (greedy, after a short prompt) and of a prefill,
-the contenders taking turns as well.
+the contenders taking turns as well. Memory rows are of a fresh process that opens a checkpoint, optimizes it and
+generates: `resident_ratio` is what it then holds beyond its imports, over the bytes of the checkpoint's tensors, and
+`peak_ratio` the most that it held while generating.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +36,7 @@ from rocket.factorization.problem import LayerProblem
 from rocket.forms.dictionary import sizes_for
 from rocket.kernels import bitmap, library, ops
 from rocket.models import target_layers
-from rocket.nn import CompressedLinear, LayerSpec, replace_module
+from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 
 LAYERS = ["576x1536", "1536x576", "2048x2048", "2048x8192", "8192x2048", "4096x14336"]
@@ -251,6 +257,49 @@ def model_rows(name: str, dtype: torch.dtype, args: argparse.Namespace) -> list[
     return rows
 
 
+MEASURE_MEMORY = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+import rocket
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+before = status("VmRSS:")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).requires_grad_(False).optimize()
+Path("/proc/self/clear_refs").write_text("5")
+ids = torch.ones(1, int(sys.argv[2]), dtype=torch.int64)
+model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+print(json.dumps({"peak": status("VmHWM:") - before, "resident": status("VmRSS:") - before}))
+"""
+
+
+def memory_row(name: str, dtype: torch.dtype, form: str, removed: float, prompt: int) -> dict[str, Any]:
+    """Memory of a compressed model after `optimize`, in a process of its own (Linux)."""
+    model = compressed_model(name, dtype, form, removed)
+    attach_quantizer(model, {layer: m.spec for layer, m in model.named_modules() if isinstance(m, CompressedLinear)})
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        del model
+        stored = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+        command = [sys.executable, "-c", MEASURE_MEMORY, directory, str(prompt)]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {
+        "kind": "memory",
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "form": form,
+        "removed_ratio": removed,
+        "prompt": prompt,
+        "stored_mb": stored / 1e6,
+        "resident_ratio": found["resident"] / stored,
+        "peak_ratio": found["peak"] / stored,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="*", default=["1536x576", "8192x2048"], help=f"shapes, as {' '.join(LAYERS)}")
@@ -264,6 +313,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens generated for each sequence")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--trivial", action="store_true", help="also time the unoptimized compressed model")
+    parser.add_argument("--memory", action="store_true", help="also the memory of the compressed models (Linux)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="decode", help="name of the results file")
     args = parser.parse_args()
@@ -283,6 +333,10 @@ def main() -> None:
             print(rows[-1], flush=True)
         for name in args.models:
             rows += model_rows(name, dtype, args)
+            if args.memory:
+                for form in args.forms:
+                    rows.append(memory_row(name, dtype, form, args.removed[-1], args.prompt))
+                    print(rows[-1], flush=True)
         write_results(args.output, rows)
 
 

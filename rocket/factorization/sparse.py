@@ -23,7 +23,7 @@ FIT_ITERATIONS = 5
 SAMPLE_STRIDE = 17
 SMALL = 100_000
 SHRINKAGE = 1e-3
-CORRELATION_SHRINKAGE = 0.1
+CORRELATION_SHRINKAGE = 0.2
 
 
 def keep_about(scores: Tensor, count: int) -> Tensor:
@@ -46,7 +46,7 @@ class ScaledProblem:
     (unit diagonal), with c_j = √G_jj and r_i = φ_i^¼ for the cost ``loss``, else 1. The error to make small is
     tr((T - X) N (T - X)ᵀ); |T| is Wanda's importance (arXiv 2306.11695) with the output's sensitivity.
 
-    This is not quite the layer's cost, on purpose: correlations are shrunk by a tenth, and outputs weigh by √φ rather
+    This is not quite the layer's cost, on purpose: correlations are shrunk by a fifth, and outputs weigh by √φ rather
     than φ. Both come from one domain's text; trusted fully they give the least cost there and twice the loss elsewhere.
     """
 

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test quality format clean
+.PHONY: help run test quality sanitize format clean
 
 # The first of these that can make virtual environments; the locks were resolved with 3.11.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -24,6 +24,9 @@ quality: $(INSTALLED) ## Lint, formatting, types, direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+sanitize: $(INSTALLED) ## Fuzz the CPU kernels under AddressSanitizer and UBSan; needs g++
+	$(BIN)/python tests/kernels/sanitize.py
 
 format: $(INSTALLED) ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix .

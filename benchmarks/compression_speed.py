@@ -149,7 +149,7 @@ def compare_ksvd(
         return coefficients @ dictionary
 
     def sparse(problem: LayerProblem, rank: int, support: int) -> Tensor:
-        scaled = scale_problem(problem)
+        scaled = scale_problem(problem, METHODS["rocket"].correlation_shrinkage)
         count = rank * problem.in_features + support * problem.out_features
         return scaled.unscale(scaled.sparsify(count)[0])
 

@@ -143,6 +143,11 @@ class ProfilingConfig(Section):
     refits: Annotated[int, Field(ge=0)] = Field(
         3, description="Rounds of finding coefficients and dictionary anew from each other. 0: the paper's one shot."
     )
+    correlation_shrinkage: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.2,
+        description="Share by which sparse layers shrink the measured correlations between inputs. 0 is best on text "
+        "like the calibration set's, more is better on any other.",
+    )
 
 
 class AllocationConfig(Section):

@@ -22,8 +22,7 @@ ITERATIONS_A_PENALTY = 3
 FIT_ITERATIONS = 5
 SAMPLE_STRIDE = 17
 SMALL = 100_000
-SHRINKAGE = 1e-3
-CORRELATION_SHRINKAGE = 0.2
+DAMPING = 1e-3
 
 
 def keep_about(scores: Tensor, count: int) -> Tensor:
@@ -46,7 +45,7 @@ class ScaledProblem:
     (unit diagonal), with c_j = √G_jj and r_i = φ_i^¼ for the cost ``loss``, else 1. The error to make small is
     tr((T - X) N (T - X)ᵀ); |T| is Wanda's importance (arXiv 2306.11695) with the output's sensitivity.
 
-    This is not quite the layer's cost, on purpose: correlations are shrunk by a fifth, and outputs weigh by √φ rather
+    This is not quite the layer's cost, on purpose: correlations are shrunk towards 0, and outputs weigh by √φ rather
     than φ. Both come from one domain's text; trusted fully they give the least cost there and twice the loss elsewhere.
     """
 
@@ -67,15 +66,18 @@ class ScaledProblem:
         return scaled.double() / self.row_scale[:, None] / self.column_scale
 
 
-def scale_problem(problem: LayerProblem) -> ScaledProblem:
-    """Scale a layer's weight and Gram matrix; see `ScaledProblem`."""
+def scale_problem(problem: LayerProblem, correlation_shrinkage: float) -> ScaledProblem:
+    """Scale a layer's weight and Gram matrix; see `ScaledProblem`. Correlations lose ``correlation_shrinkage`` of them.
+
+    A thousandth of the mean diagonal is added to the Gram matrix, for inputs that calibration hardly saw.
+    """
     gram = problem.gram.double()
     gram = (gram + gram.T) / 2
     diagonal = gram.diagonal()
-    floor = SHRINKAGE * float(diagonal.mean()) + torch.finfo(torch.float32).tiny
+    floor = DAMPING * float(diagonal.mean()) + torch.finfo(torch.float32).tiny
     gram = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * floor
     columns = (diagonal + floor).sqrt()
-    correlations = (1.0 - CORRELATION_SHRINKAGE) * gram / columns[:, None] / columns
+    correlations = (1.0 - correlation_shrinkage) * gram / columns[:, None] / columns
     correlations.fill_diagonal_(1.0)
     rows = torch.ones(problem.out_features, dtype=torch.float64, device=gram.device)
     if problem.column_weights is not None:

@@ -73,7 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def random_layer(
-    out_features: int, in_features: int, form: str, removed: float, dtype: torch.dtype
+    out_features: int, in_features: int, form: str, removed: float, dtype: torch.dtype, input_group: str = "benchmark"
 ) -> CompressedLinear:
     """A compressed layer of random values that removes this share of the parameters."""
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def random_layer(
     keep = torch.zeros(out_features * columns, dtype=torch.bool)
     keep[torch.randperm(keep.numel(), generator=generator)[:nnz]] = True
     mask = bitmap.pack_mask(keep.view(out_features, columns))
-    spec = LayerSpec(form, in_features, out_features, rank, nnz, "benchmark")
+    spec = LayerSpec(form, in_features, out_features, rank, nnz, input_group)
     with torch.device("meta"):
         layer = empty_layer(spec, bias=False)
     state = {"weight": (torch.randn(nnz, generator=generator) * 0.02).to(dtype), "mask": mask}
@@ -194,8 +194,16 @@ def random_model(name: str, dtype: torch.dtype) -> Any:
 def compressed_model(name: str, dtype: torch.dtype, form: str, removed: float) -> Any:
     model = random_model(name, dtype)
     for layer, module in target_layers(model).items():
-        replace_module(model, layer, random_layer(module.out_features, module.in_features, form, removed, dtype))
+        features = (module.out_features, module.in_features)
+        replace_module(model, layer, random_layer(*features, form, removed, dtype, input_group_of(layer)))
     return model
+
+
+def input_group_of(layer: str) -> str:
+    """The first layer that reads the same input in a llama: q for k and v, gate for up."""
+    block, _, kind = layer.rpartition(".")
+    leaders = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    return f"{block}.{leaders.get(kind, kind)}"
 
 
 def generate(model: Any, batch: int, prompt: int, tokens: int) -> Callable[[], object]:

@@ -296,7 +296,8 @@ def rocket(bench: Bench, removed_ratio: float) -> Compressed:
             with swapped(bench.layers, of_plan(bench, measured).weights):
                 points.append(MeasuredPoint(measured.removed_ratio, measured.cost, bench.search_loss() - before))
         bench.prediction = Prediction.fit(points)
-    return replace(result, corrected=bench.prediction(plan.cost))
+    unseen = removed_ratio not in bench.args.measure
+    return replace(result, corrected=bench.prediction(plan.cost) if unseen else None)
 
 
 METHODS: dict[str, Callable[[Bench, float], Compressed]] = {

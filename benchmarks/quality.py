@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--sensitivity-samples", type=int, default=16)
-    parser.add_argument("--search-samples", type=int, default=16, help="further windows, for methods that search")
+    parser.add_argument("--search-samples", type=int, default=16, help="further windows, which searches score by")
     parser.add_argument("--evaluations", type=int, default=100, help="candidate evaluations of a search")
     parser.add_argument(
         "--measure", nargs="*", type=float, default=[], help="at most two sizes that correct rocket's prices"

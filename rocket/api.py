@@ -9,10 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import Planner, measure_size
 from rocket.calib import calibrate
+from rocket.config.errors import RocketError
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.data import pack_tokens
 from rocket.forms import select_forms
 from rocket.models import evaluation_mode, refuse_quantized, target_layers
+from rocket.nn import DenseLinear
 from rocket.profiling import profile_layers
 
 
@@ -42,6 +44,8 @@ def plan(
     else:
         tokens = pack_tokens(calibration, tokenizer, calib.seq_len, calib.num_samples, calib.seed)
     refuse_quantized(type(model).__name__, model.config)
+    if any(isinstance(module, DenseLinear) for module in model.modules()):
+        raise RocketError("this model is optimized: call rocket.optimize(model, backend='trivial') before planning")
     forms = select_forms(profiling.forms)
     layers = target_layers(model, targets, ignore)
     with evaluation_mode(model):

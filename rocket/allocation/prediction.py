@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_POINTS = 2
+EXPONENTS = (0.5, 2.0)
 
 
 class MeasuredPoint(NamedTuple):
@@ -40,8 +41,9 @@ class Prediction:
     def fit(cls, points: Sequence[MeasuredPoint]) -> Prediction:
         """Through measured points: one sets the scale, two the exponent as well.
 
-        Points whose cost or increase is not positive say nothing (noise exceeds what was lost) and are passed over, as
-        is an exponent that would not be positive. Raises ValueError for more than two points.
+        Points whose cost or increase is not positive say nothing (noise exceeds what was lost) and are passed over. An
+        exponent outside `EXPONENTS` is noise too (two points close together) and is brought to the nearer end; the line
+        then goes through the larger point. Raises ValueError for more than two points.
         """
         if len(points) > MAX_POINTS:
             raise ValueError(f"at most {MAX_POINTS} measured points, got {len(points)}")
@@ -54,6 +56,5 @@ class Prediction:
         exponent = 1.0
         if first_cost < cost:
             exponent = math.log(increase / first_increase) / math.log(cost / first_cost)
-        if exponent <= 0:
-            exponent = 1.0
+        exponent = min(max(exponent, EXPONENTS[0]), EXPONENTS[1])
         return cls(increase / cost**exponent, exponent)

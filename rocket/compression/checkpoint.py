@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.config.errors import RocketError
-from rocket.nn import CompressedLinear, replace_module
+from rocket.nn import CompressedLinear, optimize, replace_module
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
@@ -43,10 +43,11 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     """
     if not inplace:
         model = copy.deepcopy(model)
+    optimize(model, backend="trivial")
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _merged(module))
-    for attribute in ("hf_quantizer", "quantization_method", "optimize"):
+    for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):

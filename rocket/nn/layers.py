@@ -49,8 +49,8 @@ class CompressedLinear(nn.Module):
 
     ``tensors`` are the names under which a subclass stores W: parameters, and ``mask`` where it is sparse.
     ``mask_columns`` are the columns of that mask that are not padding. ``uses_kernels`` tells whether products go
-    through `kernels.ops`; ``offsets`` then holds where the rows of the sparse matrix begin, and is never saved.
-    ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
+    through `kernels.ops`. ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for
+    (`use_macko`).
     """
 
     form: str
@@ -59,7 +59,6 @@ class CompressedLinear(nn.Module):
     uses_kernels: bool = False
     macko: macko.Packed | None = None
     bias: nn.Parameter | None
-    offsets: Tensor | None
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__()
@@ -69,14 +68,23 @@ class CompressedLinear(nn.Module):
         _check(spec.in_features > 0, spec, "in_features")
         _check(spec.out_features > 0, spec, "out_features")
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.out_features)) if bias else None)
-        self.register_buffer("offsets", None, persistent=False)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Where the rows of the sparse matrix begin, while the layer multiplies by kernels; never saved."""
+        return self._buffers.get("row_offsets")
 
     def use_kernels(self, wanted: bool = True) -> None:
         """Multiply by the packed matrix from now on, or (False) expand it at every call again."""
         self.uses_kernels = wanted
         self.macko = None
-        if "mask" in self.tensors:
-            self.offsets = bitmap.row_offsets(self.get_buffer("mask")) if wanted else None
+        self._buffers.pop("row_offsets", None)
+        if wanted and "mask" in self.tensors:
+            self.register_buffer("row_offsets", bitmap.row_offsets(self.get_buffer("mask")), persistent=False)
+
+    def _by_kernels(self, inputs: Tensor) -> bool:
+        """Whether these inputs go to the kernels: they have no gradient, and no part in autocast."""
+        return self.uses_kernels and kernels_apply(self, inputs)
 
     def use_macko(self) -> None:
         """Multiply single rows of input by MACKO's kernel, where `macko.fits` the layer's values."""
@@ -90,6 +98,12 @@ class CompressedLinear(nn.Module):
         self.macko = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Other tensors: what was derived from the old ones is made anew."""
+        super()._load_from_state_dict(*args)
+        if self.uses_kernels:
+            self.use_kernels()
 
     def _store_sparse(self, columns: int) -> None:
         """Make ``weight`` and ``mask`` for a sparse matrix [out, columns]."""
@@ -128,7 +142,7 @@ class LowRankLinear(CompressedLinear):
         self.weight = nn.Parameter(torch.zeros(spec.out_features, spec.rank))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.uses_kernels and not needs_gradient(inputs, self.weight, self.dictionary):
+        if self._by_kernels(inputs):
             return ops.dense_linear(ops.dense_linear(inputs, self.dictionary), self.weight, self.bias)
         return F.linear(F.linear(inputs, self.dictionary), self.weight, self.bias)
 
@@ -154,24 +168,26 @@ class SparseLinear(CompressedLinear):
         self._store_sparse(spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.offsets is None or needs_gradient(inputs, self.weight):
+        offsets = self.offsets
+        if offsets is None or not self._by_kernels(inputs):
             return F.linear(inputs, self.dense_weight(), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
             return macko.linear(self.macko, inputs, self.bias)
-        if self.shared_input is not None and inputs.shape[:-1].numel() <= ops.MAX_KERNEL_BATCH:
+        if self.shared_input is not None and self.shared_input.takes(self, inputs):
             return self.shared_input.product(self, inputs)
-        return ops.sparse_linear(inputs, self.weight, self.mask, self.offsets, self.in_features, self.bias)
+        return ops.sparse_linear(inputs, self.weight, self.mask, offsets, self.in_features, self.bias)
 
     def use_kernels(self, wanted: bool = True) -> None:
-        if not wanted and self.shared_input is not None:
+        if self.shared_input is not None:
             self.shared_input.dissolve()
         super().use_kernels(wanted)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Another device or type: tensors move one by one, so the layer leaves those it multiplied with."""
-        if self.shared_input is not None:
+        super()._apply(fn, recurse)
+        if self.shared_input is not None and not self.shared_input.holds(self):
             self.shared_input.dissolve()
-        return super()._apply(fn, recurse)
+        return self
 
     def dense_weight(self) -> Tensor:
         return _expand(self.weight, self.mask, self.in_features)
@@ -195,11 +211,12 @@ class FactorizedLinear(CompressedLinear):
         return _expand(self.weight, self.mask, self.spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.offsets is None or needs_gradient(inputs, self.weight, self.dictionary):
+        offsets = self.offsets
+        if offsets is None or not self._by_kernels(inputs):
             return F.linear(F.linear(inputs, self.dictionary), self.coefficients(), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
             return macko.linear(self.macko, F.linear(inputs, self.dictionary), self.bias)
-        return ops.factor_linear(inputs, self.dictionary, self.weight, self.mask, self.offsets, self.bias)
+        return ops.factor_linear(inputs, self.dictionary, self.weight, self.mask, offsets, self.bias)
 
     def dense_weight(self) -> Tensor:
         return self.coefficients() @ self.dictionary
@@ -217,14 +234,18 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
     return LAYERS[spec.form](spec, bias)
 
 
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd will want the gradient of a product of these, which the kernels do not have."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
+    """Whether kernels can stand in for torch in a layer: they have no gradient, and autocast does not know them."""
+    if torch.is_grad_enabled():
+        parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
+        if any(tensor.requires_grad for tensor in (inputs, *parameters)):
+            return False
+    return not torch.is_autocast_enabled(inputs.device.type)
 
 
 def _expand(values: Tensor, mask: Tensor, columns: int) -> Tensor:
     """The dense matrix [out, columns]: by the kernels, or differentiably where a gradient is wanted."""
-    if needs_gradient(values):
+    if torch.is_grad_enabled() and values.requires_grad:
         return bitmap.unpack(values, mask, columns)
     return ops.expand(values, mask, bitmap.row_offsets(mask), columns)
 

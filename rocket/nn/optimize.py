@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from rocket.kernels import library, macko, ops
 from rocket.nn.fuse import share_inputs
-from rocket.nn.layers import CompressedLinear, SparseLinear, needs_gradient
+from rocket.nn.layers import CompressedLinear, LowRankLinear, SparseLinear, kernels_apply
 
 Backend = Literal["auto", "trivial", "macko"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,9 +22,9 @@ class DenseLinear(nn.Linear):
     """``nn.Linear`` through `ops.dense_linear`, which reads the weight at memory speed for a few rows of input."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if needs_gradient(inputs, self.weight):
-            return F.linear(inputs, self.weight, self.bias)
-        return ops.dense_linear(inputs, self.weight, self.bias)
+        if kernels_apply(self, inputs):
+            return ops.dense_linear(inputs, self.weight, self.bias)
+        return F.linear(inputs, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ def optimize(model: Model, backend: Backend = "auto") -> Model:
     wanted = backend != "trivial"
     compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     for module in compressed:
+        if _offloaded(module):
+            continue
         if module.uses_kernels != wanted or (module.macko is not None and backend != "macko"):
             module.use_kernels(wanted)
         if backend == "macko" and module.macko is None:
@@ -77,8 +78,13 @@ def optimize(model: Model, backend: Backend = "auto") -> Model:
 
 
 def attach_optimize(model: nn.Module) -> None:
-    """Give a model the method ``optimize``."""
-    vars(model)["optimize"] = MethodType(optimize, model)
+    """Give a model's class the method ``optimize``, unless it has one of its own.
+
+    The class, because a method that a model holds is a cycle of references and does not survive pickling.
+    """
+    if not hasattr(type(model), "optimize"):
+        model_class: Any = type(model)
+        model_class.optimize = optimize
 
 
 def explain(model: nn.Module) -> list[LayerExplanation]:
@@ -87,25 +93,38 @@ def explain(model: nn.Module) -> list[LayerExplanation]:
 
 
 _LINEAR = (CompressedLinear, nn.Linear)
+_ON_DEVICE = "torch's own product is good on this device"
 
 
 def _explain(name: str, module: nn.Module) -> LayerExplanation:
     parameter = next(module.parameters())
     kernel = _kernel(parameter)
-    if isinstance(module, CompressedLinear):
-        if not module.uses_kernels:
-            return LayerExplanation(name, module.form, "torch", "not optimized: sparse matrices are expanded first")
-        if kernel is None:
-            return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
-        if module.macko is not None:
-            return LayerExplanation(name, module.form, "macko", f"one row of input; {kernel} for more")
-        reason = "packed values, expanded only for many rows of input"
-        if isinstance(module, SparseLinear) and module.shared_input is not None:
-            reason += f"; one product for {len(module.shared_input.layers)} layers of this input"
-        return LayerExplanation(name, module.form, kernel, reason)
-    if type(module) is DenseLinear:
-        return LayerExplanation(name, "dense", kernel or "torch", "memory-speed product for few rows of input")
-    return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")
+    dense_kernel = kernel if parameter.device.type == "cpu" else None
+    few = "memory-speed product for few rows of input"
+    if not isinstance(module, CompressedLinear):
+        if type(module) is not DenseLinear:
+            return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")
+        return LayerExplanation(name, "dense", dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
+    if not module.uses_kernels:
+        reason = (
+            "its tensors are offloaded" if _offloaded(module) else "not optimized: sparse matrices are expanded first"
+        )
+        return LayerExplanation(name, module.form, "torch", reason)
+    if kernel is None:
+        return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
+    if isinstance(module, LowRankLinear):
+        return LayerExplanation(name, module.form, dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
+    if module.macko is not None:
+        return LayerExplanation(name, module.form, "macko", f"one row of input; {kernel} for more")
+    reason = "packed values, expanded only for many rows of input"
+    if isinstance(module, SparseLinear) and module.shared_input is not None:
+        reason += f"; one product for {len(module.shared_input.layers)} layers of this input"
+    return LayerExplanation(name, module.form, kernel, reason)
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the tensors elsewhere and brings them for each call."""
+    return next(module.parameters()).device.type == "meta"
 
 
 def _left_dense(module: nn.Module) -> str | None:
@@ -113,12 +132,13 @@ def _left_dense(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear:
         return "not a plain nn.Linear"
     if module.weight.device.type != "cpu":
-        return "torch's own product is good on this device"
+        return _ON_DEVICE
     if _kernel(module.weight) is None:
         return _why_no_kernel(module.weight)
     if not module.weight.is_contiguous():
         return "its weight is not contiguous"
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in vars(module) or any(hooks):
         return "hooks are attached to it"
     return None
 

@@ -17,6 +17,7 @@ COSTS = {
     "weight": "relative weight errors, summed",
     "activation": "relative output errors, summed",
 }
+LETTERS = {"dense": "·", "low_rank": "l", "dictionary": "d", "sparse": "s"}
 
 
 def show_curve(planner: Planner, points: Sequence[CurvePoint]) -> None:
@@ -28,7 +29,7 @@ def show_curve(planner: Planner, points: Sequence[CurvePoint]) -> None:
     for point in points:
         row = [f"{100 * point.removed_ratio:.1f}", f"{point.parameters:,}", f"{point.bytes:,}", f"{point.cost:.4f}"]
         if point.loss_increase is not None:
-            row += [f"{point.loss_increase:.4f}", f"{math.exp(point.loss_increase):.3f}"]
+            row += [f"{point.loss_increase:.4f}", f"{math.exp(min(point.loss_increase, 700.0)):.3f}"]
         table.add_row(*row)
     console.print(table)
     for measured in planner.measured:
@@ -75,11 +76,11 @@ def draw_plan(planner: Planner, points: Sequence[CurvePoint], plan: Plan, path: 
             if here:
                 kept = sum(plan.choices[name].parameters for name in here) / sum(dense[name] for name in here)
                 shares[row][column] = 100 * (1 - kept)
-                letters = "".join(sorted({plan.choices[name].form[0] for name in here}))
+                letters = "".join(sorted({LETTERS.get(plan.choices[name].form, "?") for name in here}))
                 layers.text(column, row, letters, ha="center", va="center", fontsize=6)
     image = layers.imshow(shares, aspect="auto", cmap="YlOrRd", vmin=0)
     layers.set(xlabel="block", yticks=range(len(kinds)), yticklabels=list(kinds))
-    layers.set_title("  ".join(f"{form[0]} {form}" for form in sorted(plan.forms())), fontsize=8)
+    layers.set_title("  ".join(f"{LETTERS.get(form, '?')} {form}" for form in sorted(plan.forms())), fontsize=8)
     figure.colorbar(image, ax=layers, label="removed, %")
     figure.savefig(path, dpi=130)
 

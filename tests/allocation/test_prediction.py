@@ -32,8 +32,15 @@ def test_points_below_the_noise_are_passed_over(points):
     assert fit(*points) == fit((0.4, 0.8))
 
 
-def test_a_loss_that_falls_with_the_cost_gives_no_exponent():
-    assert fit((0.1, 0.5), (0.4, 0.2))(0.4) == pytest.approx(0.2)
+def test_a_loss_that_falls_with_the_cost_gives_the_least_exponent():
+    prediction = fit((0.1, 0.5), (0.4, 0.2))
+    assert [prediction(cost) for cost in (0.1, 0.4)] == pytest.approx([0.1, 0.2])
+
+
+def test_points_close_together_do_not_extrapolate_wildly():
+    # Through both points the exponent would be 7.3, and the price at 0.4 over a thousand nats.
+    prediction = fit((0.10, 0.05), (0.11, 0.10))
+    assert [prediction(cost) for cost in (0.11, 0.44)] == pytest.approx([0.10, 1.60])
 
 
 def test_three_points_are_too_many():

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -124,3 +125,79 @@ def test_is_explained(model):
     entries = {entry.layer: entry for entry in rocket.explain(model.optimize())}
     entry = next(entry for name, entry in entries.items() if name.endswith("gate_proj"))
     assert "one product for 2 layers" in entry.reason
+
+
+def out_of(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+def plain(layer, x):
+    with torch.no_grad():
+        return torch.nn.functional.linear(x, layer.dense_weight(), layer.bias)
+
+
+@pytest.fixture
+def group(model):
+    return next(iter(groups(model.optimize()).values()))
+
+
+def set_weight_in_place(layer):
+    layer.weight.data.mul_(2.0)
+
+
+def set_weight_data(layer):
+    layer.weight.data = 2.0 * layer.weight.data
+
+
+def set_bias_in_place(layer):
+    if layer.bias is not None:
+        layer.bias.data.add_(5.0)
+
+
+def load_state(layer):
+    mask = layer.mask.flip(0)
+    layer.load_state_dict({**layer.state_dict(), "mask": mask, "weight": 3.0 * layer.weight.detach()})
+
+
+def load_state_by_assignment(layer):
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict({**state, "weight": 3.0 * state["weight"]}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change", [set_weight_in_place, set_weight_data, set_bias_in_place, load_state, load_state_by_assignment]
+)
+def test_changed_tensors_count(group, change):
+    first, second = group.layers[:2]
+    x = torch.randn(1, first.in_features)
+    out_of(first, x)
+    change(second)
+    x = torch.randn(1, first.in_features)
+    for layer in (first, second):
+        torch.testing.assert_close(out_of(layer, x), plain(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_changed_in_place_is_another_input(group):
+    first, second = group.layers[:2]
+    x = torch.randn(1, first.in_features)
+    out_of(first, x)
+    x.copy_(torch.randn_like(x))
+    torch.testing.assert_close(out_of(second, x), plain(second, x), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_stay_the_same_objects(model):
+    before = list(model.parameters())
+    model.optimize().to("cpu")
+    assert groups(model)
+    assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
+    model.optimize(backend="trivial")
+    assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_offloaded_layers_are_left_alone(model, token_ids):
+    expected = logits(model, token_ids[:1, :2])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    model.optimize()
+    assert not groups(model)
+    torch.testing.assert_close(logits(model, token_ids[:1, :2]), expected, rtol=1e-4, atol=1e-4)

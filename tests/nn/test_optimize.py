@@ -1,5 +1,9 @@
 """`optimize`: the same results by the kernels, on whole models, and back."""
 
+import copy
+import gc
+import pickle
+import weakref
 from dataclasses import replace
 from itertools import cycle
 
@@ -136,6 +140,56 @@ def test_gradients_flow_as_before(saved, token_ids):
     model.optimize()(input_ids=token_ids[:2], labels=token_ids[:2]).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_a_trainable_bias_alone_gets_its_gradient(saved, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(saved("qwen2")).optimize().requires_grad_(False)
+    bias = model.model.layers[0].self_attn.q_proj.bias.requires_grad_()
+    model(input_ids=token_ids[:1], labels=token_ids[:1]).loss.backward()
+    assert bias.grad is not None
+    assert bias.grad.any()
+
+
+def test_autocast_is_followed(path, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(model, token_ids[:1])
+        found = logits(model.optimize(), token_ids[:1])
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+def test_pickles_and_is_freed(path, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(path).optimize()
+    again = pickle.loads(pickle.dumps(model))
+    assert again.optimize() is again
+    torch.testing.assert_close(logits(again, token_ids[:1]), logits(model, token_ids[:1]))
+    copied = copy.deepcopy(model)
+    assert copied.optimize() is copied
+    gc.collect()
+    gc.disable()
+    try:
+        watch = weakref.ref(copied)
+        del copied
+        assert watch() is None
+    finally:
+        gc.enable()
+
+
+def test_merges_to_plain_layers(path, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    expected = logits(model, token_ids[:1])
+    merged = rocket.merge(model.optimize())
+    assert {type(module) for module in merged.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(logits(merged, token_ids[:1]), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_an_optimized_model_is_not_planned(make_model, token_ids, quick_settings):
+    calib, profiling = quick_settings
+    model = rocket.optimize(make_model("llama"))
+    with pytest.raises(rocket.RocketError, match=r"rocket\.optimize\(model, backend='trivial'\)"):
+        rocket.plan(model, token_ids, calib=calib, profiling=profiling)
 
 
 @needs_kernels

@@ -212,14 +212,23 @@ class Levels:
         return Compressed(self.weights(levels), plan.removed_ratio, plan.bytes_removed_ratio, forms_of(plan))
 
 
+def of_form(planner: Planner, form: str) -> Planner:
+    """The same profiles with the options of one form, and dense."""
+    profiles = [
+        replace(profile, options=tuple(option for option in profile.options if option.form in ("dense", form)))
+        for profile in planner.profiles
+    ]
+    return replace(planner, profiles=profiles)
+
+
 def evopress_from(bench: Bench, removed_ratio: float, start: str) -> Compressed:
     """EvoPress over the sparse options of every layer, scored by the loss on windows set apart for the search."""
-    planner = rocket_planner(bench, ["sparse"], method=start)
+    planner = of_form(rocket_planner(bench, method=start), "sparse")
     levels = bench.levels("sparse", planner)
 
     def evaluate(candidate: Sequence[int]) -> float:
         with swapped(bench.layers, levels.weights(candidate)):
-            return bench.search_loss()
+            return bench.search_loss(bench.args.evopress_samples)
 
     found, history = evopress.search(
         evaluate,
@@ -311,7 +320,9 @@ METHODS: dict[str, Callable[[Bench, float], Compressed]] = {
     "rocket-dictionary": lambda bench, size: of_plan(
         bench, rocket_planner(bench, ["dictionary"]).at(removed_ratio=size)
     ),
-    "rocket-sparse": lambda bench, size: of_plan(bench, rocket_planner(bench, ["sparse"]).at(removed_ratio=size)),
+    "rocket-sparse": lambda bench, size: of_plan(
+        bench, of_form(rocket_planner(bench), "sparse").at(removed_ratio=size)
+    ),
     "wanda": lambda bench, size: by_pruning(bench, size, wanda.prune),
     "sparsegpt": lambda bench, size: by_pruning(bench, size, sparsegpt.prune),
     "3basil": sparse_plus_low_rank,

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--sensitivity-samples", type=int, default=16)
     parser.add_argument("--search-samples", type=int, default=16, help="further windows, which searches score by")
+    parser.add_argument("--evopress-samples", type=int, default=4, help="of them, that each candidate is scored by")
+    parser.add_argument("--search-sizes", nargs="*", type=float, default=[0.5], help="sizes for evopress")
     parser.add_argument("--evaluations", type=int, default=100, help="candidate evaluations of a search")
     parser.add_argument(
         "--measure", nargs="*", type=float, default=[], help="at most two sizes that correct rocket's prices"
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=65536, help="of each text")
     parser.add_argument("--tasks", nargs="*", default=[], help="zero-shot tasks, for the methods in --task-methods")
     parser.add_argument("--task-methods", nargs="*", default=["rocket"])
+    parser.add_argument("--task-sizes", nargs="*", type=float, default=[0.3, 0.5])
     parser.add_argument("--limit", type=int, default=500, help="items a task")
     parser.add_argument("--output", default="quality", help="name of the results file")
     args = parser.parse_args()
@@ -122,7 +125,7 @@ def main() -> None:
             if args.tasks:
                 dense_tasks = zero_shot(model, tokenizer, args.tasks, limit=args.limit, batch_size=32)
         for method in methods:
-            for size in args.sizes:
+            for size in args.search_sizes if method.startswith("evopress") else args.sizes:
                 result = METHODS[method](bench, size)
                 common = {
                     "method": method,
@@ -138,7 +141,8 @@ def main() -> None:
                 with swapped(bench.layers, result.weights):
                     losses = measure_texts(bench, args)
                     rows += text_rows(common, dense, losses)
-                    if dense_tasks and method in args.task_methods and seed == args.seeds[0]:
+                    wanted = method in args.task_methods and size in args.task_sizes and seed == args.seeds[0]
+                    if dense_tasks and wanted:
                         results = zero_shot(model, tokenizer, args.tasks, limit=args.limit, batch_size=32)
                         rows += task_rows(common, dense_tasks, results)
                 excess = {text: round(loss - dense[text], 4) for text, loss in losses.items()}

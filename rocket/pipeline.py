@@ -32,7 +32,7 @@ from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
 from rocket.data import load_documents, pack_tokens
 from rocket.evaluation import perplexity, window_losses_of, zero_shot
-from rocket.models import resolve_device
+from rocket.models import resolve_device, weight_of
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.run import RunDirectory, Usage, fingerprint, track
 from rocket.session import Session
@@ -142,7 +142,7 @@ def profile_layers(session: Session) -> Planner:
         layers = session.layers
         with session.stage("profile layers"):
             for name in track(missing, "profile layers"):
-                problem = calibration.problem(name, layers[name].weight, settings.cost)
+                problem = calibration.problem(name, weight_of(layers[name]), settings.cost)
                 profiles[name] = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
                 run.write_json(_profile_file(name), expected, profiles[name].to_dict())
     else:

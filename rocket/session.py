@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
-from rocket.models import identify_model, load_model, target_layers
+from rocket.models import LinearLayer, identify_model, load_model, target_layers
 from rocket.run import RunDirectory, Usage, fingerprint, measure
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Session:
         return self.loaded[1]
 
     @cached_property
-    def layers(self) -> dict[str, nn.Linear]:
+    def layers(self) -> dict[str, LinearLayer]:
         return target_layers(self.model, self.config.model.targets, self.config.model.ignore)
 
     def release_model(self) -> None:

@@ -40,6 +40,7 @@ FAMILIES = {
     "phi3": {**GATED, "tie_word_embeddings": False},
     "gpt_neox": {**SMALL, "intermediate_size": 72},
     "olmo2": {**GATED, "tie_word_embeddings": False},
+    "gpt2": {**SMALL, "n_inner": 72},
     "opt": {**SMALL, "ffn_dim": 72, "word_embed_proj_dim": 32},
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import CompressionConfig
+from rocket.models import LinearLayer
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ModelSize:
         return self.target_parameters * self.itemsize + self.other_bytes
 
 
-def measure_size(model: nn.Module, targets: Iterable[nn.Linear]) -> ModelSize:
+def measure_size(model: nn.Module, targets: Iterable[LinearLayer]) -> ModelSize:
     """Count a model's tensors, tied ones once. Biases of target layers belong to the rest, as they stay."""
     weights = {layer.weight for layer in targets}
     others = [tensor for tensor in [*model.parameters(), *_persistent_buffers(model)] if tensor not in weights]

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from rocket.calib.collect import Calibration, collect_grams
 from rocket.calib.sensitivity import measure_sensitivities
+from rocket.models import LinearLayer
 from rocket.run import track
 
 SENSITIVITY_BATCH = 2
 
 
 def calibrate(
-    model: nn.Module, layers: Mapping[str, nn.Linear], tokens: Tensor, batch_size: int, sensitivity_samples: int
+    model: nn.Module, layers: Mapping[str, LinearLayer], tokens: Tensor, batch_size: int, sensitivity_samples: int
 ) -> Calibration:
     """Gram matrices over ``tokens`` [samples, seq_len], and sensitivities over the first ``sensitivity_samples``."""
     calibration = collect_grams(model, layers, batches_of(tokens, batch_size, "calibrate"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rocket.calib.gram import GramAccumulator
 from rocket.config.errors import RocketError
 from rocket.factorization.problem import Cost, LayerProblem
-from rocket.models import block_of, find_blocks
+from rocket.models import LinearLayer, block_of, find_blocks
 
 Batch = Mapping[str, Tensor]
 
@@ -45,7 +45,7 @@ class Calibration:
         )
 
 
-def collect_grams(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Batch]) -> Calibration:
+def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Batch]) -> Calibration:
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
     Positions where a batch's ``attention_mask`` is 0 are left out. Layers that read the same tensor share one Gram;
@@ -75,7 +75,7 @@ def _on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
 class _Collector:
     """Hooks on layers (to see inputs) and on blocks (to forget which tensors were seen)."""
 
-    def __init__(self, layers: Mapping[str, nn.Linear], blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, LinearLayer], blocks: Mapping[str, nn.Module]) -> None:
         self.layers = layers
         self.blocks = {name: blocks[name] for name in {block_of(layer, list(blocks)) for layer in layers}}
         self.leaders: dict[str, str] = {}

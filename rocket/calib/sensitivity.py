@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rocket.config.errors import RocketError
-from rocket.models import find_blocks
+from rocket.models import LinearLayer, features_of, find_blocks
 
 
 def measure_sensitivities(
-    model: nn.Module, layers: Mapping[str, nn.Linear], batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """φ [out] of each layer, with φ_j the mean over tokens of (∂(summed token loss)/∂y_j)².
 
@@ -28,7 +28,7 @@ def measure_sensitivities(
     Hessian, its terms between outputs and between tokens left out, inputs and gradients taken as independent and layers
     as additive.
     """
-    sums = {name: torch.zeros(layer.out_features, dtype=torch.float64) for name, layer in layers.items()}
+    sums = {name: torch.zeros(features_of(layer)[0], dtype=torch.float64) for name, layer in layers.items()}
     tokens = 0
     device = next(model.parameters()).device
     with _gradients_of_outputs(model, layers, sums), torch.enable_grad():
@@ -50,7 +50,9 @@ def measure_sensitivities(
 
 
 @contextmanager
-def _gradients_of_outputs(model: nn.Module, layers: Mapping[str, nn.Linear], sums: dict[str, Tensor]) -> Iterator[None]:
+def _gradients_of_outputs(
+    model: nn.Module, layers: Mapping[str, LinearLayer], sums: dict[str, Tensor]
+) -> Iterator[None]:
     """Hooks that add each output's squared gradient to ``sums``; frozen weights; blocks recomputed in the backward."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     blocks = find_blocks(model)

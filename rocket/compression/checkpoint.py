@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.config.errors import RocketError
+from rocket.models import make_linear
 from rocket.nn import CompressedLinear, optimize, replace_module
 
 
@@ -37,7 +38,7 @@ def _compare(saved: Mapping[str, Tensor], reopened: Mapping[str, Tensor], direct
 
 
 def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
-    """The same model with every compressed layer multiplied out into a plain ``nn.Linear``.
+    """The same model with every compressed layer multiplied out into a plain linear layer, as the original's.
 
     For engines that know nothing of rocket. It takes the original's memory and disk again.
     """
@@ -56,13 +57,11 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     return model
 
 
-def _merged(module: CompressedLinear) -> nn.Linear:
-    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+def _merged(module: CompressedLinear) -> nn.Module:
     parameter = next(module.parameters())
     weight = copy.deepcopy(module).float().dense_weight().detach().to(parameter.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
-    if module.bias is not None:
-        linear.bias = module.bias
+    linear = make_linear(module.replaces, weight, module.bias)
+    linear.weight.requires_grad_(parameter.requires_grad)
     return linear.train(module.training)
 
 

@@ -13,6 +13,7 @@ from rocket.calib import Calibration
 from rocket.config.errors import RocketError
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
+from rocket.models import LinearLayer, weight_of
 from rocket.nn import LAYERS, CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 from rocket.run import track
@@ -36,7 +37,7 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
         linear = _linear(model, name)
         if option.form not in LAYERS:
             continue
-        problem = calibration.problem(name, linear.weight, plan.profiling.cost)
+        problem = calibration.problem(name, weight_of(linear), plan.profiling.cost)
         layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
         specs[name] = layer.spec
         replace_module(model, name, layer)
@@ -47,13 +48,14 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
 
 
 def build_layer(
-    linear: nn.Linear, problem: LayerProblem, option: Option, input_group: str, plan: Plan
+    linear: LinearLayer, problem: LayerProblem, option: Option, input_group: str, plan: Plan
 ) -> CompressedLinear:
     """The layer that stores ``linear`` as ``option`` says, in the type and on the device of ``linear``."""
     state = FORMS[option.form].build(problem, option, plan.profiling)
     with torch.device("meta"):
-        spec = option.spec(linear.in_features, linear.out_features, input_group)
+        spec = option.spec(problem.in_features, problem.out_features, input_group)
         layer = empty_layer(spec, linear.bias is not None)
+    layer.replaces = type(linear)
     state = {
         name: tensor.to(linear.weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
     }
@@ -63,11 +65,11 @@ def build_layer(
     return layer.to(linear.weight.device).train(linear.training)
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _linear(model: nn.Module, name: str) -> LinearLayer:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise RocketError(f"the plan names {name}, which this model does not have") from None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LinearLayer):
         raise RocketError(f"the plan names {name}, which is a {type(module).__name__} here, not a linear layer")
     return module

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
 from torch import nn
 
 from rocket.config.errors import RocketError
+from rocket.models.linear import LinearLayer, is_linear
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated blocks, by name, in the order of the module tree.
 
-    A block is an element of an outermost ``nn.ModuleList`` and holds at least one ``nn.Linear`` below itself; lists
+    A block is an element of an outermost ``nn.ModuleList`` and holds at least one linear layer below itself; lists
     inside a block (experts) belong to the block.
     """
     return dict(_blocks(model, ""))
@@ -30,33 +32,34 @@ def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_block_list(modules: nn.ModuleList) -> bool:
     return any(
-        isinstance(descendant, nn.Linear)
+        isinstance(descendant, get_args(LinearLayer))
         for block in modules
         for descendant in block.modules()
         if descendant is not block
     )
 
 
-def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, nn.Linear]:
+def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, LinearLayer]:
     """The linear layers to compress, by name, in the order of the module tree.
 
-    They are the ``nn.Linear`` modules inside the repeated blocks whose weight no other module shares. ``targets`` keeps
-    only those whose name ends with one of its entries (at a dot), or matches one written ``re:REGEX`` from the start;
-    ``ignore`` drops layers in the same way. Raises RocketError when an entry matches nothing or no layer is left.
+    They are those (`linear.is_linear`) inside the repeated blocks whose weight no other module shares. ``targets``
+    keeps only those whose name ends with one of its entries (at a dot), or matches one written ``re:REGEX`` from the
+    start; ``ignore`` drops layers in the same way. Raises RocketError when an entry matches nothing or no layer is
+    left.
     """
     blocks = find_blocks(model)
     candidates = {
         f"{block}.{name}": module
         for block, parent in blocks.items()
         for name, module in parent.named_modules()
-        if type(module) is nn.Linear
+        if is_linear(module)
     }
     shared = _shared_weights(model)
     candidates = {name: module for name, module in candidates.items() if id(module.weight) not in shared}
     if not candidates:
         kinds = sorted({type(module).__name__ for block in blocks.values() for module in block.modules()})
         found = f"blocks hold {', '.join(kinds[:8])}" if blocks else "it has no repeated blocks"
-        raise RocketError(f"{type(model).__name__} has no nn.Linear layer inside repeated blocks to compress; {found}")
+        raise RocketError(f"{type(model).__name__} has no linear layer inside repeated blocks to compress; {found}")
     selected = _matching(candidates, targets, "model.targets") if targets else set(candidates)
     selected -= _matching(candidates, ignore, "model.ignore")
     if not selected:
@@ -73,7 +76,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in owners.items() if count > 1}
 
 
-def _matching(candidates: dict[str, nn.Linear], patterns: Sequence[str], key: str) -> set[str]:
+def _matching(candidates: Mapping[str, nn.Module], patterns: Sequence[str], key: str) -> set[str]:
     selected: set[str] = set()
     for pattern in patterns:
         matches = {name for name in candidates if _matches(name, pattern, key)}

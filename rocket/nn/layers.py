@@ -49,14 +49,15 @@ class CompressedLinear(nn.Module):
 
     ``tensors`` are the names under which a subclass stores W: parameters, and ``mask`` where it is sparse.
     ``mask_columns`` are the columns of that mask that are not padding. ``uses_kernels`` tells whether products go
-    through `kernels.ops`. ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for
-    (`use_macko`).
+    through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took. ``macko`` is the sparse
+    matrix in MACKO's format too, where that backend was asked for (`use_macko`).
     """
 
     form: str
     tensors: tuple[str, ...]
     mask_columns: int = 0
     uses_kernels: bool = False
+    replaces: type[nn.Module] = nn.Linear
     macko: macko.Packed | None = None
     bias: nn.Parameter | None
 

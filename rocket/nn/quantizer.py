@@ -141,19 +141,23 @@ def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> 
 
 
 def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> CompressedLinear:
-    if not isinstance(linear, nn.Linear):
+    from rocket.models import features_of, is_linear  # here, as it imports the model classes
+
+    if not is_linear(linear):
         raise RocketError(f"config.json: {name} is a {type(linear).__name__} in this model, not a linear layer")
-    if (linear.in_features, linear.out_features) != (spec.in_features, spec.out_features):
+    out_features, in_features = features_of(linear)
+    if (in_features, out_features) != (spec.in_features, spec.out_features):
         raise RocketError(
             f"config.json: {name} is {spec.out_features}x{spec.in_features}, in this model it is "
-            f"{linear.out_features}x{linear.in_features}"
+            f"{out_features}x{in_features}"
         )
     with torch.device("meta"):
         try:
             layer = empty_layer(spec, linear.bias is not None)
         except ValueError as error:
             raise RocketError(f"config.json: {name}: {error}") from None
-    return layer.to(linear.weight.dtype)
+    layer.replaces = type(linear)
+    return layer.to(next(linear.parameters()).dtype)
 
 
 def _check_tensors(layers: Mapping[str, CompressedLinear], checkpoint_files: list[str] | None) -> None:

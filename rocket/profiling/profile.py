@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from rocket.calib import Calibration
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import Cost, LayerProblem
 from rocket.forms import Form, Option
+from rocket.models import LinearLayer, weight_of
 from rocket.run import track
 
 logger = logging.getLogger(__name__)
@@ -57,12 +56,12 @@ def profile_layer(
 
 
 def profile_layers(
-    layers: Mapping[str, nn.Linear], calibration: Calibration, forms: Sequence[Form], settings: ProfilingConfig
+    layers: Mapping[str, LinearLayer], calibration: Calibration, forms: Sequence[Form], settings: ProfilingConfig
 ) -> list[LayerProfile]:
     """`profile_layer` of each, with a progress bar."""
     return [
         profile_layer(
-            name, calibration.inputs[name], calibration.problem(name, layer.weight, settings.cost), forms, settings
+            name, calibration.inputs[name], calibration.problem(name, weight_of(layer), settings.cost), forms, settings
         )
         for name, layer in track(list(layers.items()), "profile layers")
     ]

@@ -47,7 +47,7 @@ def test_size_counted_by_hand():
     assert (size.itemsize, size.parameters, size.bytes) == (2, 44, 24 + size.other_bytes)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox", "opt", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_size_is_that_of_the_file(make_model, tmp_path, family, dtype):
     """Tied embeddings are counted once, as they are stored once."""

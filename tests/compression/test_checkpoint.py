@@ -24,7 +24,7 @@ def compressed_with_plan(make_model, token_ids, settings, family="llama", dtype=
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
 def test_disk_holds_what_the_plan_counts(make_model, token_ids, quick_settings, tmp_path, family, dtype):
     model, plan = compressed_with_plan(make_model, token_ids, quick_settings, family, dtype, removed_ratio=0.3)
     save_checkpoint(model, None, tmp_path)
@@ -63,7 +63,7 @@ def test_round_trip_guard(make_model, token_ids, quick_settings, tmp_path, monke
         save_checkpoint(model, None, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_merged_model_is_the_same_function(make_model, token_ids, quick_settings, tmp_path, family):
     model, plan = compressed_with_plan(make_model, token_ids, quick_settings, family, removed_ratio=0.4)
     plain = merge(model)

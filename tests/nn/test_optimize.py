@@ -42,7 +42,7 @@ def saved(make_model, token_ids, quick_settings, tmp_path_factory):
     return save
 
 
-@pytest.fixture(params=["llama", "qwen2", "opt"])  # opt and qwen2 have biases
+@pytest.fixture(params=["llama", "qwen2", "opt", "gpt2"])  # all but llama have biases
 def path(request, saved):
     return saved(request.param)
 

@@ -9,12 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import Planner, measure_size
 from rocket.calib import calibrate
-from rocket.config.errors import RocketError
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.data import pack_tokens
 from rocket.forms import select_forms
 from rocket.models import evaluation_mode, refuse_quantized, target_layers
-from rocket.nn import DenseLinear
 from rocket.profiling import profile_layers
 
 
@@ -44,12 +42,11 @@ def plan(
     else:
         tokens = pack_tokens(calibration, tokenizer, calib.seq_len, calib.num_samples, calib.seed)
     refuse_quantized(type(model).__name__, model.config)
-    if any(isinstance(module, DenseLinear) for module in model.modules()):
-        raise RocketError("this model is optimized: call rocket.optimize(model, backend='trivial') before planning")
     forms = select_forms(profiling.forms)
     layers = target_layers(model, targets, ignore)
     with evaluation_mode(model):
         wanted = calib.sensitivity_samples if profiling.cost == "loss" else 0
         statistics = calibrate(model, layers, tokens, calib.batch_size, wanted)
+    layers = statistics.known(layers)
     profiles = profile_layers(layers, statistics, forms, profiling)
     return Planner(profiles, measure_size(model, layers.values()), profiling, calibration=statistics)

@@ -82,6 +82,7 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     with session.stage("gather activations"):
         tokens = _calibration_tokens(session)
         calibration = collect_grams(model, layers, batches_of(tokens, config.batch_size, "calibrate"))
+        layers = calibration.known(layers)
         for name in list(calibration.grams):
             run.write_tensors(_gram_file(name), expected, {"gram": pack_triangle(calibration.grams[name])})
     if config.sensitivity_samples:

@@ -23,7 +23,7 @@ def calibrate(
     if not sensitivity_samples:
         return calibration
     batches = batches_of(tokens[:sensitivity_samples], SENSITIVITY_BATCH, "sensitivities")
-    return replace(calibration, sensitivities=measure_sensitivities(model, layers, batches))
+    return replace(calibration, sensitivities=measure_sensitivities(model, calibration.known(layers), batches))
 
 
 def batches_of(tokens: Tensor, batch_size: int, label: str) -> Iterable[Mapping[str, Tensor]]:

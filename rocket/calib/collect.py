@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,12 @@ from rocket.models import LinearLayer, block_of, find_blocks
 
 Batch = Mapping[str, Tensor]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration knows of the target layers.
+    """What calibration knows of the target layers that it reached.
 
     ``inputs`` maps each layer to the first layer that reads the same tensor (itself, if it is the first); ``grams``
     and ``tokens`` are kept once for each of those. ``sensitivities`` maps layers to φ [out]; empty if not measured.
@@ -33,6 +36,10 @@ class Calibration:
     def gram(self, layer: str) -> Tensor:
         """G [in, in] of a layer's input."""
         return self.grams[self.inputs[layer]]
+
+    def known(self, layers: Mapping[str, LinearLayer]) -> dict[str, LinearLayer]:
+        """Those of the layers that calibration reached."""
+        return {name: layer for name, layer in layers.items() if name in self.inputs}
 
     def problem(self, layer: str, weight: Tensor, cost: Cost) -> LayerProblem:
         """The layer's weight [out, in] with what calibration knows of it, on the weight's device."""
@@ -49,19 +56,21 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
     Positions where a batch's ``attention_mask`` is 0 are left out. Layers that read the same tensor share one Gram;
-    this is seen at run time, by identity. Memory: in² float64 and in² float32
-    for each distinct input, on the device of the layer. Raises RocketError naming layer
-    and batch when activations are not finite, and for layers that no batch reaches.
+    this is seen at run time, by identity. Layers that no batch reaches (experts that no token is routed to, weights
+    that their model uses without calling the layer) are left out with a warning: nothing is known of them, so they
+    stay as they are.
+
+    Memory: in² float64 and in² float32 for each distinct input, on the device of the layer. Raises RocketError naming
+    layer and batch when activations are not finite, and when no layer is reached at all.
     """
     collector = _Collector(layers, find_blocks(model))
     with collector, torch.inference_mode():
         for number, batch in enumerate(batches):
             collector.start_batch(number, batch)
             model(**_on_device(model, batch), use_cache=False)
-    collector.check_reached()
     accumulators = collector.accumulators
     return Calibration(
-        inputs=dict(collector.leaders),
+        inputs=collector.reached(),
         grams={name: accumulator.gram() for name, accumulator in accumulators.items()},
         tokens={name: accumulator.tokens for name, accumulator in accumulators.items()},
     )
@@ -102,13 +111,18 @@ class _Collector:
         mask = batch.get("attention_mask")
         self._token_mask = None if mask is None or bool(mask.all()) else mask.bool()
 
-    def check_reached(self) -> None:
+    def reached(self) -> dict[str, str]:
+        """The leader of each layer that saw a token, in the order of the layers."""
         missing = [name for name in self.layers if name not in self.leaders]
+        if len(missing) == len(self.layers):
+            raise RocketError(f"{missing[0]}: no calibration token reached this layer, nor any other")
         if missing:
-            raise RocketError(
-                f"{missing[0]}: no calibration token reached this layer (nor {len(missing) - 1} others); "
-                "use more calibration data or add it to model.ignore"
+            logger.warning(
+                "%s and %d other layers saw no calibration token and stay as they are; more calibration data may help",
+                missing[0],
+                len(missing) - 1,
             )
+        return {name: self.leaders[name] for name in self.layers if name in self.leaders}
 
     def _see(self, name: str, inputs: Tensor) -> None:
         leader = self._seen.setdefault(id(inputs), (inputs, name))[1]

@@ -6,14 +6,35 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be replaced; subclasses may do more than multiply and are not."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether a module is a linear layer that can be replaced.
+
+    Subclasses of ``nn.Linear`` may do more than multiply, as packed ones of quantizers do: they are asked for a product
+    (not on ``meta``, where nothing can be asked).
+
+    >>> is_linear(nn.Linear(3, 2)), is_linear(nn.LayerNorm(3))
+    (True, False)
+    """
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        return False
+    return module.weight.is_meta or _only_multiplies(module)
+
+
+@torch.no_grad()
+def _only_multiplies(layer: nn.Linear) -> bool:
+    inputs = torch.linspace(-1.0, 1.0, layer.in_features, device=layer.weight.device).to(layer.weight.dtype)[None]
+    try:
+        return torch.allclose(layer(inputs), F.linear(inputs, layer.weight, layer.bias), rtol=1e-2, atol=1e-3)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 def weight_of(layer: Any) -> Tensor:

@@ -1,13 +1,12 @@
 """The layers that replace nn.Linear, and the plug-in by which transformers loads them."""
 
 from rocket.nn.layers import LAYERS, CompressedLinear, FactorizedLinear, LayerSpec, LowRankLinear, SparseLinear
-from rocket.nn.optimize import DenseLinear, explain, optimize
+from rocket.nn.optimize import explain, optimize
 from rocket.nn.quantizer import RocketConfig, RocketQuantizer, attach_quantizer, replace_module
 
 __all__ = [
     "LAYERS",
     "CompressedLinear",
-    "DenseLinear",
     "FactorizedLinear",
     "LayerSpec",
     "LowRankLinear",

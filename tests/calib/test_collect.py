@@ -120,8 +120,16 @@ def test_non_finite_activations_name_layer_and_batch(llama, token_ids):
 
 def test_layers_that_no_token_reaches(llama, token_ids):
     model, layers = llama
-    with pytest.raises(RocketError, match=r"q_proj: no calibration token reached this layer \(nor 13 others\)"):
+    with pytest.raises(RocketError, match=r"q_proj: no calibration token reached this layer, nor any other"):
         collect_grams(model, layers, [])
+
+
+def test_layers_that_are_never_called_are_left_out(llama, token_ids, caplog):
+    model, layers = llama
+    calibration = collect_grams(model, {"model.layers.0.unused": nn.Linear(4, 4), **layers}, [{"input_ids": token_ids}])
+    assert list(calibration.inputs) == list(layers)
+    assert calibration.known({"model.layers.0.unused": nn.Linear(4, 4), **layers}) == layers
+    assert "model.layers.0.unused and 0 other layers saw no calibration token" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

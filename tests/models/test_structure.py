@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from torch import nn
 
 from rocket.config.errors import RocketError
@@ -100,19 +101,33 @@ def test_nothing_to_compress(model, message):
         target_layers(model)
 
 
-def test_subclasses_are_left_alone():
-    """They may do more than multiply, as packed ones of other quantizers do."""
+class Renamed(nn.Linear):
+    """As Falcon's."""
 
-    class Packed(nn.Linear):
-        pass
+    def forward(self, inputs):
+        return inputs @ self.weight.T + self.bias
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Sequential(Packed(3, 3))])
 
-    with pytest.raises(RocketError, match="Model has no linear layer inside repeated blocks to compress"):
-        target_layers(Model())
+class Scaled(nn.Linear):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Curious(nn.Linear):
+    def forward(self, inputs, more):
+        return super().forward(inputs + more)
+
+
+class Packed(nn.Linear):
+    def __init__(self, *features: int) -> None:
+        super().__init__(*features)
+        self.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.uint8), requires_grad=False)
+
+
+def test_subclasses_that_only_multiply_are_linear_layers():
+    kinds = [Renamed, Scaled, Curious, Packed]
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleList([kind(3, 3) for kind in kinds])])})
+    assert list(target_layers(model)) == ["blocks.0.0"]
 
 
 def test_block_of():

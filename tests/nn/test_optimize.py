@@ -185,11 +185,14 @@ def test_merges_to_plain_layers(path, token_ids):
 
 
 @needs_kernels
-def test_an_optimized_model_is_not_planned(make_model, token_ids, quick_settings):
+def test_an_optimized_model_can_be_planned(make_model, token_ids, quick_settings):
     calib, profiling = quick_settings
-    model = rocket.optimize(make_model("llama"))
-    with pytest.raises(rocket.RocketError, match=r"rocket\.optimize\(model, backend='trivial'\)"):
-        rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+    model = make_model("llama")
+    expected = rocket.plan(model, token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.3)
+    plan = rocket.plan(rocket.optimize(model), token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.3)
+    assert plan.choices.keys() == expected.choices.keys()
+    assert plan.cost == pytest.approx(expected.cost, rel=1e-3)
+    assert rocket.merge(rocket.compress(model, plan)).num_parameters() == model.num_parameters()
 
 
 @needs_kernels

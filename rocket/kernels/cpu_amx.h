@@ -33,6 +33,7 @@ static inline void spread(const bf16*& values, const uint8_t*& mask, int64_t wor
     for (int64_t word = 0; word < words; word++, mask += 8, to += 64) {
         const uint64_t bits = load_word(mask);
         request(values, ahead);
+        request(values + 32, ahead);
         L::store(to, L::expand(values, bits & low_bits(32)));
         values += __builtin_popcountll(bits & low_bits(32));
         L::store(to + 32, L::expand(values, bits >> 32));

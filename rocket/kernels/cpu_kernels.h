@@ -16,11 +16,14 @@ static inline __attribute__((always_inline)) void block(const T** values, const 
                                                         int64_t x_stride,
                                                         typename Lanes<T>::Sum (&sums)[ROWS][TILE][SUMS]) {
     using L = Lanes<T>;
-    constexpr int lines = sizeof(T);  // that 64 dense columns fill; packed ones are taken to be half as many
+    // Lines that 64 columns fill, if all are kept: a line that is skipped costs more than one that is asked for twice.
+    constexpr int lines = sizeof(T);
+    constexpr uintptr_t mask_ahead = 1024;
     uint64_t word[ROWS];
     for (int r = 0; r < ROWS; r++) {
         if (SPARSE) word[r] = load_word(mask[r] + size_t(column) / 8);
-        SPARSE ? prefetch(values[r], lines / 2) : prefetch(values[r] + column, lines);
+        if (SPARSE) prefetch(mask[r] + size_t(column) / 8, 1, mask_ahead);
+        SPARSE ? prefetch(values[r], lines) : prefetch(values[r] + column, lines);
     }
 #pragma GCC unroll 8
     for (int step = 0; step < 64 / L::width; step++) {
@@ -129,7 +132,7 @@ static void expand_rows(const Product& p, int64_t first, int64_t last) {
         T* y = static_cast<T*>(p.y) + row * p.y_stride;
         for (int64_t column = 0; column < p.cols; column += 64) {
             uint64_t word = load_word(mask + size_t(column) / 8);
-            prefetch(values, sizeof(T) / 2);
+            prefetch(values, sizeof(T));
 #pragma GCC unroll 8
             for (int64_t start = column; start < column + 64; start += L::width) {
                 uint64_t bits = word & low_bits(L::width);

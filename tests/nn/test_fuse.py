@@ -1,7 +1,6 @@
 """Sparse layers of one input multiply together; nothing else changes."""
 
 import copy
-from dataclasses import replace
 
 import accelerate
 import pytest
@@ -13,32 +12,9 @@ from rocket.kernels import ops
 from rocket.nn import SparseLinear
 
 
-@pytest.fixture(scope="module")
-def saved(make_model, token_ids, quick_settings, tmp_path_factory):
-    """Checkpoints of tiny models whose layers are all sparse, by family."""
-    calib, profiling = quick_settings
-    paths = {}
-
-    def save(family: str):
-        if family not in paths:
-            model = make_model(family)
-            planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
-            choices = {
-                profile.layer: [option for option in profile.options if option.form == "sparse"][-1]
-                for profile in planner.profiles
-            }
-            paths[family] = tmp_path_factory.mktemp(family)
-            rocket.compress(model, replace(planner.at(removed_ratio=0.2), choices=choices)).save_pretrained(
-                paths[family]
-            )
-        return paths[family]
-
-    return save
-
-
 @pytest.fixture(params=["llama", "qwen2"])  # qwen2's q, k and v have biases
-def model(request, saved):
-    return AutoModelForCausalLM.from_pretrained(saved(request.param))
+def model(request, save_compressed):
+    return AutoModelForCausalLM.from_pretrained(save_compressed(request.param, "sparse"))
 
 
 def logits(model, ids):

@@ -4,8 +4,6 @@ import copy
 import gc
 import pickle
 import weakref
-from dataclasses import replace
-from itertools import cycle
 
 import pytest
 import torch
@@ -20,26 +18,10 @@ FORMS = ["low_rank", "dictionary", "sparse", "dense"]
 needs_kernels = pytest.mark.skipif(library.load() is None, reason="needs the compiled kernels")
 
 
-@pytest.fixture(scope="module")
-def saved(make_model, token_ids, quick_settings, tmp_path_factory):
-    """Checkpoints of tiny models, float32, in which every form occurs, by family."""
-    calib, profiling = quick_settings
-    paths = {}
-
-    def save(family: str):
-        if family not in paths:
-            model = make_model(family)
-            planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
-            choices = {
-                profile.layer: next(option for option in profile.options[::-1] if option.form == form)
-                for profile, form in zip(planner.profiles, cycle(FORMS), strict=False)
-            }
-            plan = replace(planner.at(removed_ratio=0.2), choices=choices)
-            paths[family] = tmp_path_factory.mktemp(family)
-            rocket.compress(model, plan).save_pretrained(paths[family])
-        return paths[family]
-
-    return save
+@pytest.fixture
+def saved(save_compressed):
+    """The checkpoint of a family in which every form occurs."""
+    return lambda family: save_compressed(family, *FORMS)
 
 
 @pytest.fixture(params=["llama", "qwen2", "opt", "gpt2"])  # all but llama have biases

@@ -9,7 +9,8 @@ are of medians. `stream_share` is the rate at which the contender reads its own 
 this machine reads at all. Model rows are tokens a second of `generate` (greedy, after a short prompt) and of a prefill,
 the contenders taking turns as well. Memory rows are of a fresh process that opens a checkpoint, optimizes it and
 generates: `resident_ratio` is what it then holds beyond its imports, over the bytes of the checkpoint's tensors, and
-`peak_ratio` the most that it held while generating.
+`peak_ratio` the most that it held while generating; `anonymous_ratio` leaves out pages mapped from the file, which the
+system can drop.
 """
 
 from __future__ import annotations
@@ -276,12 +277,13 @@ def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-before = status("VmRSS:")
+before, anonymous = status("VmRSS:"), status("RssAnon:")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).requires_grad_(False).optimize()
 Path("/proc/self/clear_refs").write_text("5")
 ids = torch.ones(1, int(sys.argv[2]), dtype=torch.int64)
 model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
-print(json.dumps({"peak": status("VmHWM:") - before, "resident": status("VmRSS:") - before}))
+found = {"peak": status("VmHWM:") - before, "resident": status("VmRSS:") - before}
+print(json.dumps({**found, "anonymous": status("RssAnon:") - anonymous}))
 """
 
 
@@ -304,6 +306,7 @@ def memory_row(name: str, dtype: torch.dtype, form: str, removed: float, prompt:
         "prompt": prompt,
         "stored_mb": stored / 1e6,
         "resident_ratio": found["resident"] / stored,
+        "anonymous_ratio": found["anonymous"] / stored,
         "peak_ratio": found["peak"] / stored,
     }
 

@@ -27,6 +27,7 @@ from rocket.data import load_documents, pack_tokens
 from rocket.evaluation import window_losses_of
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import Option, select_forms
+from rocket.forms.base import padded_bits
 from rocket.forms.dictionary import sizes_for
 from rocket.models import target_layers
 from rocket.profiling import profile_layers
@@ -130,17 +131,22 @@ def forms_of(plan: Plan) -> str:
     return "+".join(sorted(form for form in plan.forms() if form != "dense"))
 
 
+def stored_as(bench: Bench, weights: Weights, values: int, mask_bits: int, forms: str) -> Compressed:
+    """What a baseline's layers take: stored values, and the bits of their masks, as our own forms are counted."""
+    size = measure_size(bench.model, bench.layers.values())
+    total = values * size.itemsize + mask_bits // 8 + size.other_bytes
+    return Compressed(weights, 1 - values / size.target_parameters, 1 - total / size.bytes, forms)
+
+
 def by_pruning(bench: Bench, removed_ratio: float, prune: Callable[[Tensor, Tensor, float], Tensor]) -> Compressed:
     """The same share of every layer pruned, stored like our sparse layers."""
     weights = {}
     for name, linear in track(list(bench.layers.items()), "prune"):
         gram = bench.calibration.gram(name).to(linear.weight.device)
         weights[name] = prune(linear.weight.detach().float(), gram, removed_ratio).to(linear.weight.dtype)
-    size = measure_size(bench.model, bench.layers.values())
     kept = sum(int((weight != 0).sum()) for weight in weights.values())
-    mask_bytes = sum(weight.shape[0] * 8 * -(-weight.shape[1] // 64) for weight in weights.values())
-    stored = kept * size.itemsize + mask_bytes + size.other_bytes
-    return Compressed(weights, 1 - kept / size.target_parameters, 1 - stored / size.bytes, "sparse")
+    mask_bits = sum(padded_bits(*weight.shape) for weight in weights.values())
+    return stored_as(bench, weights, kept, mask_bits, "sparse")
 
 
 def sparse_plus_low_rank(bench: Bench, removed_ratio: float) -> Compressed:
@@ -151,10 +157,8 @@ def sparse_plus_low_rank(bench: Bench, removed_ratio: float) -> Compressed:
         weight, values = threebasil.decompose(linear.weight.detach().float(), gram, removed_ratio)
         weights[name] = weight.to(linear.weight.dtype)
         stored += values
-    size = measure_size(bench.model, bench.layers.values())
-    mask_bytes = sum(weight.shape[0] * 8 * -(-weight.shape[1] // 64) for weight in weights.values())
-    total = stored * size.itemsize + mask_bytes + size.other_bytes
-    return Compressed(weights, 1 - stored / size.target_parameters, 1 - total / size.bytes, "sparse+low_rank")
+    mask_bits = sum(padded_bits(*weight.shape) for weight in weights.values())
+    return stored_as(bench, weights, stored, mask_bits, "sparse+low_rank")
 
 
 def rocket_planner(bench: Bench, forms: list[str] | None = None, method: str = "knapsack") -> Planner:
@@ -269,16 +273,14 @@ def learned_allocation(bench: Bench, removed_ratio: float) -> Compressed:
 
 def learned_dictionary(bench: Bench, removed_ratio: float) -> Compressed:
     """CoSpaDi: K-SVD in whitened space, the same share of every layer, at k/s = 2. Hours on a CPU."""
-    weights, stored, mask_bytes = {}, 0, 0
+    weights, stored, mask_bits = {}, 0, 0
     for name, linear in track(list(bench.layers.items()), "cospadi"):
         problem = bench.calibration.problem(name, linear.weight, "activation")
         weight, rank, support = cospadi_layer(problem, removed_ratio, bench.args.cospadi_iterations)
         weights[name] = weight.to(linear.weight.dtype)
         stored += rank * problem.in_features + support * problem.out_features
-        mask_bytes += problem.out_features * 8 * -(-rank // 64)
-    size = measure_size(bench.model, bench.layers.values())
-    total = stored * size.itemsize + mask_bytes + size.other_bytes
-    return Compressed(weights, 1 - stored / size.target_parameters, 1 - total / size.bytes, "dictionary")
+        mask_bits += padded_bits(problem.out_features, rank)
+    return stored_as(bench, weights, stored, mask_bits, "dictionary")
 
 
 def cospadi_layer(problem: LayerProblem, removed_ratio: float, iterations: int) -> tuple[Tensor, int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import get_args
 
 from torch import nn
 
@@ -32,7 +31,7 @@ def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_block_list(modules: nn.ModuleList) -> bool:
     return any(
-        isinstance(descendant, get_args(LinearLayer))
+        isinstance(descendant, LinearLayer)
         for block in modules
         for descendant in block.modules()
         if descendant is not block

@@ -4,6 +4,7 @@
 // The OpenMP runtime is left unlinked on Linux (see setup.py): its symbols resolve to the one that torch has loaded,
 // and so both share one pool of threads.
 #include <cstdlib>
+#include <vector>
 
 #include "cpu_common.h"
 #ifdef _OPENMP
@@ -161,29 +162,39 @@ struct Operands {
           as_is(kernels.by_rows && stride == cols && rows == batch && kernels.operand_size == item) {}
 };
 
-// The kernels load up to 64 packed values at once. The tensor has no padding, so the rows that end within 64 values of
-// its end are given a padded copy.
-class Tail {
+// The kernels load up to 64 packed values at once. The tensors have no padding, so the rows that end within 64 values of
+// their end are given padded copies.
+class Tails {
 public:
-    Tail(Product& p, int64_t nnz, int64_t item)
-        : row_(first_row(p, nnz)),
-          count_(nnz - p.offsets[row_]),
-          scratch_(row_ < p.rows ? (count_ + 64) * item : 0) {
-        if (!scratch_.data()) return;
-        if (count_) memcpy(scratch_.data(), static_cast<const char*>(p.values) + p.offsets[row_] * item, count_ * item);
-        memset(scratch_.data() + count_ * item, 0, 64 * item);
-        p.tail_row = row_;
-        p.tail = scratch_.data();
+    Tails(std::vector<Product>& products, int64_t item) : scratch_(bytes(products, item)) {
+        char* to = scratch_.data();
+        if (!to) return;
+        for (Product& p : products) {
+            const int64_t row = first_row(p), count = p.nnz - p.offsets[row];
+            if (row == p.rows) continue;
+            if (count) memcpy(to, static_cast<const char*>(p.values) + p.offsets[row] * item, size_t(count * item));
+            memset(to + count * item, 0, size_t(64 * item));
+            p.tail_row = row;
+            p.tail = to;
+            to += (count + 64) * item;
+        }
     }
     bool failed() const { return scratch_.failed(); }
 
 private:
-    static int64_t first_row(const Product& p, int64_t nnz) {
+    static int64_t first_row(const Product& p) {
         int64_t row = p.rows;
-        while (row > 0 && p.offsets[row] + 64 > nnz) row--;
+        while (p.mask && row > 0 && p.offsets[row] + 64 > p.nnz) row--;
         return row;
     }
-    int64_t row_, count_;
+    static int64_t bytes(const std::vector<Product>& products, int64_t item) {
+        int64_t total = 0;
+        for (const Product& p : products) {
+            const int64_t row = first_row(p);
+            if (row < p.rows) total += (p.nnz - p.offsets[row] + 64) * item;
+        }
+        return total;
+    }
     Scratch scratch_;
 };
 
@@ -193,22 +204,51 @@ static int64_t cost(const Product& p, int64_t row, int64_t item) {
     return p.mask ? p.offsets[row] * item + row * words_of(p.cols) * 64 : row * p.cols * item;
 }
 
-static int threads_for(const Product& p, int64_t item, int threads) {
+static int threads_for(int64_t bytes, int64_t batch, int threads) {
     constexpr int64_t BYTES_A_THREAD = 1 << 16;  // below, waking a thread costs more than its share of the work
-    int64_t useful = cost(p, p.rows, item) * (p.batch > 1 ? p.batch : 1) / BYTES_A_THREAD + 1;
+    int64_t useful = bytes * (batch > 1 ? batch : 1) / BYTES_A_THREAD + 1;
     return useful < threads ? int(useful) : threads;
 }
 
-// First row of thread `id` of `count`: equal costs, not equal rows, since rows may keep very different numbers.
-static int64_t share(const Product& p, int64_t item, int id, int count) {
-    if (id == count) return p.rows;
-    int64_t wanted = cost(p, p.rows, item) / count * id, low = 0, high = p.rows;
+// The first row before which at least `wanted` bytes lie.
+static int64_t row_at(const Product& p, int64_t item, int64_t wanted) {
+    int64_t low = 0, high = p.rows;
     while (low < high) {
         int64_t middle = (low + high) / 2;
-        cost(p, middle, item) < wanted ? low = middle + 1 : high = middle;
+        cost(p, middle, item) - cost(p, 0, item) < wanted ? low = middle + 1 : high = middle;
     }
     return low;
 }
+
+// The rows of some products that are read one after the other, parted among threads: equal costs, not equal rows, since
+// rows may keep very different numbers.
+class Shares {
+public:
+    Shares(const Product* products, size_t number, int64_t item)
+        : products_(products), number_(number), item_(item), total_(0) {
+        for (size_t i = 0; i < number; i++) total_ += bytes(products[i]);
+    }
+    int threads(int wanted) const { return number_ ? threads_for(total_, products_[0].batch, wanted) : 1; }
+
+    // Calls work(product, first row, last row) for what thread `id` of `count` has to do.
+    template <class Work>
+    void each(int id, int count, Work work) const {
+        int64_t begin = total_ / count * id, end = id + 1 == count ? total_ : total_ / count * (id + 1);
+        for (size_t i = 0; i < number_; i++) {
+            const Product& p = products_[i];
+            const int64_t first = row_at(p, item_, begin), last = id + 1 == count ? p.rows : row_at(p, item_, end);
+            if (first < last) work(p, first, last);
+            begin -= bytes(p);
+            end -= bytes(p);
+        }
+    }
+
+private:
+    int64_t bytes(const Product& p) const { return cost(p, p.rows, item_) - cost(p, 0, item_); }
+    const Product* products_;
+    size_t number_;
+    int64_t item_, total_;
+};
 
 template <class Work>
 static void parallel(int threads, Work work) {
@@ -230,18 +270,21 @@ static void barrier() {
 #endif
 }
 
-static int linear(const Kernels& kernels, Product p, int64_t item, int threads, const void* x) {
-    if (p.batch == 0 || p.rows == 0) return OK;
-    Operands operands(kernels, p.batch, p.cols, item);
-    Scratch scratch(operands.as_is ? 0 : operands.bytes);
-    if (scratch.failed()) return NO_MEMORY;
-    if (scratch.data())
-        kernels.prepare(x, p.cols, p.batch, p.cols, scratch.data(), operands.rows, operands.stride);
-    p.x = operands.as_is ? x : scratch.data();
-    p.x_stride = operands.stride;
-    parallel(threads_for(p, item, threads), [&](int id, int count) {
-        kernels.rows(p, share(p, item, id, count), share(p, item, id + 1, count));
-    });
+// All the products by one x [batch, cols].
+static int linears(const Kernels& kernels, std::vector<Product>& products, int64_t item, int threads, const void* x,
+                   int64_t batch, int64_t cols) {
+    if (batch == 0) return OK;
+    const Operands operands(kernels, batch, cols, item);
+    const Scratch scratch(operands.as_is ? 0 : operands.bytes);
+    const Tails tails(products, item);
+    if (scratch.failed() || tails.failed()) return NO_MEMORY;
+    if (scratch.data()) kernels.prepare(x, cols, batch, cols, scratch.data(), operands.rows, operands.stride);
+    for (Product& p : products) {
+        p.x = operands.as_is ? x : scratch.data();
+        p.x_stride = operands.stride;
+    }
+    const Shares shares(products.data(), products.size(), item);
+    parallel(shares.threads(threads), [&](int id, int count) { shares.each(id, count, kernels.rows); });
     return OK;
 }
 
@@ -258,21 +301,35 @@ EXPORT int rocket_paths() { return AVAILABLE; }
 EXPORT int rocket_dense_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
                                const void* weight, int64_t rows, const void* bias, void* y) {
     if (bad(path, type)) return BAD_REQUEST;
-    const Product p{weight, nullptr, nullptr, rows, cols, nullptr, 0, batch, bias, y, rows};
-    return linear(kernels_of(path, type, batch), p, size_of(type), threads, x);
+    std::vector<Product> products{{weight, nullptr, nullptr, rows, cols, nullptr, 0, batch, bias, y, rows}};
+    return linears(kernels_of(path, type, batch), products, size_of(type), threads, x, batch, cols);
 }
 
-// y [batch, rows] = x [batch, cols] Sᵀ + bias. `nnz` values exist; `offsets` [rows + 1] may be
-// part of those of a larger matrix.
-EXPORT int rocket_sparse_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
-                                const void* values, const uint8_t* mask, const int64_t* offsets, int64_t nnz,
-                                int64_t rows, const void* bias, void* y) {
+// y [batch, rows] = x [batch, cols] Sᵀ + bias; bias may be null. `nnz` values exist; `offsets` [rows + 1] may be part
+// of those of a larger matrix.
+struct SparsePart {  // eight bytes a field: library.py writes it as such
+    const void* values;
+    const uint8_t* mask;
+    const int64_t* offsets;
+    int64_t nnz, rows;
+    const void* bias;
+    void* y;
+};
+static_assert(sizeof(SparsePart) == 7 * sizeof(int64_t), "library.py packs fields of eight bytes");
+
+// The products of one x by `number` matrices, as if they were one.
+EXPORT int rocket_sparse_linears(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
+                                 const SparsePart* parts, int64_t number) {
     if (bad(path, type)) return BAD_REQUEST;
-    if (offsets[0] < 0 || offsets[rows] > nnz) return BAD_OFFSETS;
-    Product p{values, mask, offsets, rows, cols, nullptr, 0, batch, bias, y, rows};
-    const Tail tail(p, nnz, size_of(type));
-    if (tail.failed()) return NO_MEMORY;
-    return linear(kernels_of(path, type, batch), p, size_of(type), threads, x);
+    std::vector<Product> products;
+    products.reserve(size_t(number));
+    for (int64_t i = 0; i < number; i++) {
+        const SparsePart& part = parts[i];
+        if (part.offsets[0] < 0 || part.offsets[part.rows] > part.nnz) return BAD_OFFSETS;
+        products.push_back({part.values, part.mask, part.offsets, part.rows, cols, nullptr, 0, batch, part.bias, part.y,
+                            part.rows, part.nnz});
+    }
+    return linears(kernels_of(path, type, batch), products, size_of(type), threads, x, batch, cols);
 }
 
 // y [batch, rows] = (x [batch, in] Dᵀ) Sᵀ + bias with D [rank, in] dense; x Dᵀ is rounded to the type of x, so that the
@@ -291,9 +348,10 @@ EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, 
     const Scratch outer_scratch(outer.as_is ? 0 : outer.bytes), inner_scratch(inner.bytes);
     const Scratch hidden(direct ? 0 : batch * rank * item);
     Product first{dictionary, nullptr, nullptr, rank, in, x, outer.stride, batch, nullptr, hidden.data(), rank};
-    Product second{values, mask, offsets, rows, rank, inner_scratch.data(), inner.stride, batch, bias, y, rows};
-    const Tail tail(second, nnz, item);
-    if (outer_scratch.failed() || inner_scratch.failed() || hidden.failed() || tail.failed()) return NO_MEMORY;
+    std::vector<Product> second{
+        {values, mask, offsets, rows, rank, inner_scratch.data(), inner.stride, batch, bias, y, rows, nnz}};
+    const Tails tails(second, item);
+    if (outer_scratch.failed() || inner_scratch.failed() || hidden.failed() || tails.failed()) return NO_MEMORY;
     if (outer_scratch.data()) {
         kernels.prepare(x, in, batch, in, outer_scratch.data(), outer.rows, outer.stride);
         first.x = outer_scratch.data();
@@ -303,16 +361,17 @@ EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, 
         first.y = inner_scratch.data();
         first.y_stride = inner.stride;
     }
-    const int first_threads = threads_for(first, item, threads), second_threads = threads_for(second, item, threads);
+    const Shares first_shares(&first, 1, item), second_shares(second.data(), 1, item);
+    const int first_threads = first_shares.threads(threads), second_threads = second_shares.threads(threads);
     parallel(first_threads > second_threads ? first_threads : second_threads, [&](int id, int count) {
-        kernels.rows(first, share(first, item, id, count), share(first, item, id + 1, count));
+        first_shares.each(id, count, kernels.rows);
         barrier();
         if (!direct) {
             if (id == 0 && inner_scratch.data())
                 kernels.prepare(hidden.data(), rank, batch, rank, inner_scratch.data(), inner.rows, inner.stride);
             barrier();
         }
-        kernels.rows(second, share(second, item, id, count), share(second, item, id + 1, count));
+        second_shares.each(id, count, kernels.rows);
     });
     return OK;
 }
@@ -324,11 +383,10 @@ EXPORT int rocket_expand(int path, int type, int threads, const void* values, co
     if (offsets[0] < 0 || offsets[rows] > nnz) return BAD_OFFSETS;
     const Kernels kernels = kernels_of(path, type, 1);
     const int64_t item = size_of(type);
-    Product p{values, mask, offsets, rows, cols, nullptr, 0, 0, nullptr, dense, cols};
-    const Tail tail(p, nnz, item);
-    if (tail.failed()) return NO_MEMORY;
-    parallel(threads_for(p, item, threads), [&](int id, int count) {
-        kernels.expand(p, share(p, item, id, count), share(p, item, id + 1, count));
-    });
+    std::vector<Product> products{{values, mask, offsets, rows, cols, nullptr, 0, 0, nullptr, dense, cols, nnz}};
+    const Tails tails(products, item);
+    if (tails.failed()) return NO_MEMORY;
+    const Shares shares(products.data(), 1, item);
+    parallel(shares.threads(threads), [&](int id, int count) { shares.each(id, count, kernels.expand); });
     return OK;
 }

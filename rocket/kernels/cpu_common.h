@@ -68,6 +68,7 @@ struct Product {
     const void* bias;  // null, or [rows]
     void* y;           // [batch, y_stride]
     int64_t y_stride;
+    int64_t nnz = 0;  // values that exist, where sparse
     // Rows from `tail_row` on read their values from `tail` instead, which begins with values[offsets[tail_row]].
     int64_t tail_row = INT64_MAX;
     const void* tail = nullptr;

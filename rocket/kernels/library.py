@@ -4,7 +4,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -35,6 +35,7 @@ _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _CHOICE = (_INT, _INT, _INT)  # path, type, threads
 _DENSE = (_POINTER, _LONG, _LONG)  # pointer and two sizes: x, batch, columns, or weight, rows, columns
 _SPARSE = (_POINTER, _POINTER, _POINTER, _LONG, _LONG)  # values, mask, offsets, number of values, rows
+_PARTS = (_POINTER, _LONG)  # an array of `SparsePart`, see `parts`, and its length
 _RESULT = (_POINTER, _POINTER)  # bias or null, y
 
 
@@ -45,7 +46,7 @@ class Kernels:
     path: int
     available: tuple[str, ...]
     dense_linear: Callable[..., int]
-    sparse_linear: Callable[..., int]
+    sparse_linears: Callable[..., int]
     factor_linear: Callable[..., int]
     expand: Callable[..., int]
 
@@ -79,7 +80,7 @@ def open_kernels(file: Path, wanted: str | None = None) -> Kernels:
         path=PATHS.index(wanted or available[-1]),
         available=available,
         dense_linear=function("rocket_dense_linear", *_DENSE, _POINTER, _LONG, *_RESULT),
-        sparse_linear=function("rocket_sparse_linear", *_DENSE, *_SPARSE, *_RESULT),
+        sparse_linears=function("rocket_sparse_linears", *_DENSE, *_PARTS),
         factor_linear=function("rocket_factor_linear", *_DENSE, _POINTER, _LONG, *_SPARSE, *_RESULT),
         expand=function("rocket_expand", *_SPARSE, _LONG, _POINTER),
     )
@@ -104,6 +105,11 @@ def load() -> Kernels | None:
     except OSError as error:
         logger.warning("%s cannot be loaded (%s): sparse products go through torch, slowly", file, error)
         return None
+
+
+def parts(fields: Sequence[int]) -> Any:
+    """The C array of `SparsePart` with these fields, seven a part: values, mask, offsets, nnz, rows, bias, y."""
+    return (_LONG * len(fields))(*fields)
 
 
 def _raise_status(status: int, function: object, arguments: tuple[object, ...]) -> int:

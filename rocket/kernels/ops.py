@@ -6,8 +6,8 @@ x, values, dictionary, weight and bias share one dtype and device; all but x mus
 """
 
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ whole layer of 8192 x 2048 at once takes three times as long to expand, most of 
 _library = torch.library.Library("rocket", "DEF")
 for _schema in (
     "sparse_linear(Tensor x, Tensor values, Tensor mask, Tensor offsets, int cols, Tensor? bias=None) -> Tensor",
+    "sparse_linears(Tensor x, Tensor[] values, Tensor[] masks, Tensor[] offsets, int cols, Tensor?[] biases)"
+    " -> Tensor[]",
     "factor_linear(Tensor x, Tensor dictionary, Tensor values, Tensor mask, Tensor offsets, Tensor? bias=None)"
     " -> Tensor",
     "dense_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
@@ -34,6 +36,7 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _sparse_linear = torch.ops.rocket.sparse_linear.default
+_sparse_linears = torch.ops.rocket.sparse_linears.default
 _factor_linear = torch.ops.rocket.factor_linear.default
 _dense_linear = torch.ops.rocket.dense_linear.default
 _expand = torch.ops.rocket.expand.default
@@ -59,6 +62,19 @@ def sparse_linear(
         ValueError: shapes or dtypes do not fit together.
     """
     result: Tensor = _sparse_linear(x, values, mask, offsets, cols, bias)
+    return result
+
+
+def sparse_linears(
+    x: Tensor,
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    cols: int,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`sparse_linear` of one x with several matrices of as many columns, in one parallel pass over all their rows."""
+    result: list[Tensor] = _sparse_linears(x, values, masks, offsets, cols, biases)
     return result
 
 
@@ -99,9 +115,10 @@ def _check_product(x: Tensor, weight: Tensor, cols: int) -> None:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; the matrix needs {weight.dtype} [..., {cols}]")
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def _pointer(tensor: Tensor | None) -> int:
+    """Where its values lie; 0, a null pointer, for None."""
     if tensor is None:
-        return None
+        return 0
     if not tensor.is_contiguous():
         raise ValueError(f"weights must be contiguous; one is {list(tensor.shape)} with strides {tensor.stride()}")
     return tensor.data_ptr()
@@ -119,6 +136,18 @@ def _sparse_linear_torch(
 ) -> Tensor:
     _check_product(x, values, cols)
     return F.linear(x, bitmap.unpack(values, mask, cols), bias)
+
+
+def _sparse_linears_torch(
+    x: Tensor,
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    cols: int,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    parts = zip(values, masks, offsets, biases, strict=True)
+    return [sparse_linear(x, value, mask, starts, cols, bias) for value, mask, starts, bias in parts]
 
 
 def _factor_linear_torch(
@@ -141,23 +170,55 @@ def _expand_torch(values: Tensor, mask: Tensor, offsets: Tensor, cols: int) -> T
 def _sparse_linear_cpu(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, cols: int, bias: Tensor | None = None
 ) -> Tensor:
-    kernels, dtype = library.load(), library.TYPES.get(values.dtype)
-    if kernels is None or dtype is None:
+    kernels = library.load()
+    if kernels is None or values.dtype not in library.TYPES:
         return _sparse_linear_torch(x, values, mask, offsets, cols, bias)
-    _check_sparse(values, mask, offsets, cols)
-    _check_product(x, values, cols)
-    batch, out = _batch(x), mask.shape[0]
-    if batch > MAX_KERNEL_BATCH:
+    if _batch(x) > MAX_KERNEL_BATCH:
+        _check_sparse(values, mask, offsets, cols)
+        _check_product(x, values, cols)
         return _expanded_linear_cpu(x, kernels, values, mask, offsets, bias)
+    return _sparse_products(kernels, x, (values,), (mask,), (offsets,), cols, (bias,))[0]
+
+
+def _sparse_linears_cpu(
+    x: Tensor,
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    cols: int,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    kernels = library.load()
+    if kernels is None or x.dtype not in library.TYPES or _batch(x) > MAX_KERNEL_BATCH:
+        return _sparse_linears_torch(x, values, masks, offsets, cols, biases)
+    return _sparse_products(kernels, x, values, masks, offsets, cols, biases)
+
+
+def _sparse_products(
+    kernels: library.Kernels,
+    x: Tensor,
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    cols: int,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], out)
-    kernels.sparse_linear(
-        *(kernels.path, dtype, torch.get_num_threads()),
-        *(x.data_ptr(), batch, cols),
-        *(_pointer(values), _pointer(mask), _pointer(offsets), values.numel(), out),
-        *(_pointer(bias), y.data_ptr()),
+    outputs: list[Tensor] = []
+    parts: list[int] = []
+    for value, mask, starts, bias in zip(values, masks, offsets, biases, strict=True):
+        _check_sparse(value, mask, starts, cols)
+        _check_product(x, value, cols)
+        out = mask.shape[0]
+        y = x.new_empty(*x.shape[:-1], out)
+        parts += (_pointer(value), _pointer(mask), _pointer(starts), value.numel(), out, _pointer(bias), y.data_ptr())
+        outputs.append(y)
+    kernels.sparse_linears(
+        *(kernels.path, library.TYPES[x.dtype], torch.get_num_threads()),
+        *(x.data_ptr(), _batch(x), cols),
+        *(library.parts(parts), len(outputs)),
     )
-    return y
+    return outputs
 
 
 def _factor_linear_cpu(
@@ -269,6 +330,17 @@ def _sparse_linear_fake(
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
 
 
+def _sparse_linears_fake(
+    x: Tensor,
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    cols: int,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], mask.shape[0])) for mask in masks]
+
+
 def _factor_linear_fake(
     x: Tensor, dictionary: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -285,6 +357,7 @@ def _expand_fake(values: Tensor, mask: Tensor, offsets: Tensor, cols: int) -> Te
 
 for _name, _fake, _torch, _cpu, _cuda in (
     ("sparse_linear", _sparse_linear_fake, _sparse_linear_torch, _sparse_linear_cpu, _sparse_linear_cuda),
+    ("sparse_linears", _sparse_linears_fake, _sparse_linears_torch, _sparse_linears_cpu, _sparse_linears_torch),
     ("factor_linear", _factor_linear_fake, _factor_linear_torch, _factor_linear_cpu, _factor_linear_cuda),
     ("dense_linear", _dense_linear_fake, _dense_linear_torch, _dense_linear_cpu, _dense_linear_torch),
     ("expand", _expand_fake, _expand_torch, _expand_cpu, _expand_cuda),
@@ -292,4 +365,4 @@ for _name, _fake, _torch, _cpu, _cuda in (
     _library.impl(_name, _torch, "CompositeExplicitAutograd")
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"rocket::{_name}", cast(Callable[..., Tensor], _fake), lib=_library)
+    torch.library.register_fake(f"rocket::{_name}", cast(Callable[..., Any], _fake), lib=_library)

@@ -174,21 +174,14 @@ class SparseLinear(CompressedLinear):
             return F.linear(inputs, self.dense_weight(), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
             return macko.linear(self.macko, inputs, self.bias)
-        if self.shared_input is not None and self.shared_input.takes(self, inputs):
+        if self.shared_input is not None and self.shared_input.takes(inputs):
             return self.shared_input.product(self, inputs)
         return ops.sparse_linear(inputs, self.weight, self.mask, offsets, self.in_features, self.bias)
 
     def use_kernels(self, wanted: bool = True) -> None:
-        if self.shared_input is not None:
-            self.shared_input.dissolve()
         super().use_kernels(wanted)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        """Another device or type: tensors move one by one, so the layer leaves those it multiplied with."""
-        super()._apply(fn, recurse)
-        if self.shared_input is not None and not self.shared_input.holds(self):
+        if not wanted and self.shared_input is not None:
             self.shared_input.dissolve()
-        return self
 
     def dense_weight(self) -> Tensor:
         return _expand(self.weight, self.mask, self.in_features)

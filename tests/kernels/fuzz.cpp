@@ -111,10 +111,16 @@ static void round(int path, int type, bool guarded, double tolerance) {
     for (int64_t i = 0; i < rows * cols; i++) same &= to_float(dense.as<T>()[i]) == weight[size_t(i)];
     expect(same, "expand", path, type, rows, cols, batch);
 
-    status = rocket_sparse_linear(path, type, threads, x.as<T>(), batch, cols, values.as<T>(), mask.as<uint8_t>(),
-                                  offsets.as<int64_t>(), nnz, rows, b, y.as<T>());
-    expect(status == OK && close(y.as<T>(), x.as<T>(), weight, b, batch, cols, rows, tolerance), "sparse_linear", path,
-           type, rows, cols, batch);
+    // The whole matrix, and its first rows once more, as one product.
+    const int64_t head = between(0, rows);
+    SparsePart whole{values.as<T>(), mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b, y.as<T>()};
+    SparsePart parts[]{whole, whole};
+    parts[1].rows = head;
+    parts[1].y = z.as<T>();
+    status = rocket_sparse_linears(path, type, threads, x.as<T>(), batch, cols, parts, 2);
+    expect(status == OK && close(y.as<T>(), x.as<T>(), weight, b, batch, cols, rows, tolerance) &&
+               close(z.as<T>(), x.as<T>(), weight, b, batch, cols, head, tolerance),
+           "sparse_linears", path, type, rows, cols, batch);
 
     status = rocket_dense_linear(path, type, threads, x.as<T>(), batch, cols, dense.as<T>(), rows, b, y.as<T>());
     expect(status == OK && close(y.as<T>(), x.as<T>(), weight, b, batch, cols, rows, tolerance), "dense_linear", path,
@@ -123,8 +129,8 @@ static void round(int path, int type, bool guarded, double tolerance) {
     status = rocket_factor_linear(path, type, threads, u.as<T>(), batch, in, dictionary.as<T>(), cols, values.as<T>(),
                                   mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b, y.as<T>());
     status |= rocket_dense_linear(path, type, 1, u.as<T>(), batch, in, dictionary.as<T>(), cols, nullptr, h.as<T>());
-    status |= rocket_sparse_linear(path, type, 1, h.as<T>(), batch, cols, values.as<T>(), mask.as<uint8_t>(),
-                                   offsets.as<int64_t>(), nnz, rows, b, z.as<T>());
+    whole.y = z.as<T>();
+    status |= rocket_sparse_linears(path, type, 1, h.as<T>(), batch, cols, &whole, 1);
     same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
     expect(same, "factor_linear", path, type, rows, cols, batch);
 

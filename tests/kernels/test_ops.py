@@ -165,6 +165,28 @@ def test_large_batches_are_expanded_piece_by_piece(path: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 1, 3, 16, 20])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_matrices_at_once(path: str, dtype: torch.dtype, batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    x, before = torch.randn(batch, 130).to(dtype), torch.get_num_threads()
+    weights = [torch.randn(out, 130).to(dtype) for out in (700, 0, 1, 33)]
+    keeps = [torch.rand(weight.shape) < density for weight, density in zip(weights, (0.5, 0.5, 1.0, 0.0), strict=True)]
+    biases = [torch.randn(700).to(dtype), None, None, torch.randn(33).to(dtype)]
+    packed = [Sparse.of(weight, keep) for weight, keep in zip(weights, keeps, strict=True)]
+    values, masks, offsets = zip(*packed, strict=True)
+    try:
+        torch.set_num_threads(threads)
+        with forced(path):
+            outputs = ops.sparse_linears(x, values, masks, offsets, 130, biases)
+            for y, sparse, bias in zip(outputs, packed, biases, strict=True):
+                assert torch.equal(y, ops.sparse_linear(x, *sparse, 130, bias))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_empty_matrices(path: str) -> None:
     with forced(path):
         for out, cols in ((0, 5), (5, 0), (0, 0)):
@@ -191,6 +213,7 @@ def test_opcheck(batch: int, bias: Tensor | None) -> None:
     sparse = Sparse.of(dense, torch.rand(6, 70) < 0.5)
     for op, arguments in (
         (torch.ops.rocket.sparse_linear, (x, *sparse, 70, bias)),
+        (torch.ops.rocket.sparse_linears, (x, *([part, part] for part in sparse), 70, [bias, None])),
         (torch.ops.rocket.factor_linear, (x[..., :5], dictionary, *sparse, bias)),
         (torch.ops.rocket.dense_linear, (x, dense, bias)),
         (torch.ops.rocket.expand, (*sparse, 70)),

@@ -33,8 +33,9 @@ def test_layers_of_one_input_multiply_together(model, token_ids, monkeypatch):
     model.optimize()
     assert sorted(len(group.layers) for group in groups(model).values()) == [2] * blocks + [3] * blocks
     calls = []
-    product = ops.sparse_linear
-    monkeypatch.setattr(ops, "sparse_linear", lambda *args: calls.append(args) or product(*args))
+    for name in ("sparse_linear", "sparse_linears"):
+        product = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, product=product: calls.append(args) or product(*args))
     torch.testing.assert_close(logits(model, token_ids[:1, :3]), expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == 4 * blocks  # q k v, o, gate up, down
     assert all(group._pending is None for group in groups(model).values())
@@ -45,12 +46,9 @@ def test_many_rows_multiply_apart(model, token_ids):
     torch.testing.assert_close(logits(model.optimize(), token_ids[:4]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_stored_twice(model):
-    model.optimize()
-    for group in groups(model).values():
-        for layer in group.layers:
-            assert layer.weight.untyped_storage().data_ptr() == group.values.untyped_storage().data_ptr()
-            assert layer.mask.untyped_storage().data_ptr() == group.mask.untyped_storage().data_ptr()
+def test_tensors_stay_where_they_are(model):
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert {name: tensor.data_ptr() for name, tensor in model.optimize().state_dict().items()} == before
 
 
 def test_any_order_and_any_input_is_right(model):
@@ -64,18 +62,26 @@ def test_any_order_and_any_input_is_right(model):
             torch.testing.assert_close(layer(z)[0], apart[layer, z] + bias[layer], rtol=1e-5, atol=1e-5)
 
 
-def test_other_types_and_copies_part_and_can_join_again(model, token_ids):
+def test_copies_part_and_can_join_again(model, token_ids):
     model.optimize()
     copied = copy.deepcopy(model)
     assert not groups(copied)
     torch.testing.assert_close(logits(copied, token_ids[:1, :2]), logits(model, token_ids[:1, :2]))
     assert len(groups(copied.optimize())) == len(groups(model))
-    model.to(torch.bfloat16)
-    assert not groups(model)
-    assert logits(model, token_ids[:1, :2]).dtype == torch.bfloat16
-    assert groups(model.optimize())
     model.optimize(backend="trivial")
     assert not groups(model)
+
+
+def test_other_types_stay_together_and_a_layer_of_another_type_multiplies_apart(model, token_ids):
+    model.optimize().to(torch.bfloat16)
+    assert groups(model)
+    assert logits(model, token_ids[:1, :2]).dtype == torch.bfloat16
+    group = next(iter(groups(model).values()))
+    first, second = group.layers[:2]
+    first.to(torch.float32)
+    for layer in (first, second):
+        x = torch.randn(1, layer.in_features).to(layer.weight.dtype)
+        torch.testing.assert_close(out_of(layer, x), plain(layer, x))
 
 
 def test_saves_and_reopens(model, token_ids, tmp_path):

@@ -43,6 +43,15 @@ from rocket.nn.layers import empty_layer
 LAYERS = ["576x1536", "1536x576", "2048x2048", "2048x8192", "8192x2048", "4096x14336"]
 RANK_SUPPORT_RATIO = 2.0
 MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 1024,
+        "tie_word_embeddings": True,
+    },
     "smollm2-135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -277,25 +286,33 @@ def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
+def use(path):
+    model = AutoModelForCausalLM.from_pretrained(path).requires_grad_(False).optimize()
+    ids = torch.ones(1, int(sys.argv[3]), dtype=torch.int64)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return model
+
+use(sys.argv[1])  # a tiny model, for all that is imported and started but once
 before, anonymous = status("VmRSS:"), status("RssAnon:")
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).requires_grad_(False).optimize()
 Path("/proc/self/clear_refs").write_text("5")
-ids = torch.ones(1, int(sys.argv[2]), dtype=torch.int64)
-model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+model = use(sys.argv[2])
 found = {"peak": status("VmHWM:") - before, "resident": status("VmRSS:") - before}
 print(json.dumps({**found, "anonymous": status("RssAnon:") - anonymous}))
 """
 
 
 def memory_row(name: str, dtype: torch.dtype, form: str, removed: float, prompt: int) -> dict[str, Any]:
-    """Memory of a compressed model after `optimize`, in a process of its own (Linux)."""
-    model = compressed_model(name, dtype, form, removed)
-    attach_quantizer(model, {layer: m.spec for layer, m in model.named_modules() if isinstance(m, CompressedLinear)})
+    """Memory that opening, optimizing and running a compressed model takes, in a process of its own (Linux)."""
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        del model
-        stored = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
-        command = [sys.executable, "-c", MEASURE_MEMORY, directory, str(prompt)]
+        tiny, real = Path(directory) / "tiny", Path(directory) / "real"
+        for model_name, path in (("tiny", tiny), (name, real)):
+            model = compressed_model(model_name, dtype, form, removed)
+            modules = model.named_modules()
+            attach_quantizer(model, {layer: m.spec for layer, m in modules if isinstance(m, CompressedLinear)})
+            model.save_pretrained(path)
+            del model
+        stored = sum(path.stat().st_size for path in real.glob("*.safetensors"))
+        command = [sys.executable, "-c", MEASURE_MEMORY, tiny, real, str(prompt)]
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return {
         "kind": "memory",

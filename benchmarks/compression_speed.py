@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import write_results
-from benchmarks.methods import cospadi_layer
+from benchmarks.methods import UNTEMPERED, cospadi_layer
 from rocket.allocation import Planner, measure_size
 from rocket.calib import Calibration, collect_grams, measure_sensitivities
 from rocket.compression.compress import build_layer
@@ -83,7 +83,7 @@ def profile_and_build(
     with rows.stage("profile", method=method, layer_shape="all", layers=len(layers)):
         for name, layer in track(list(layers.items()), f"profile {method}"):
             start = time.perf_counter()
-            problem = calibration.problem(name, layer.weight, settings.cost)
+            problem = calibration.problem(name, layer.weight, settings)
             profiles.append(profile_layer(name, calibration.inputs[name], problem, forms, settings))
             note("profile", layer, start)
     allocation = AllocationConfig(error_cap=method == "paper")
@@ -95,7 +95,7 @@ def profile_and_build(
             if option.form != "dense":
                 start = time.perf_counter()
                 layer = layers[name]
-                problem = calibration.problem(name, layer.weight, settings.cost)
+                problem = calibration.problem(name, layer.weight, settings)
                 build_layer(layer, problem, option, name, plan)
                 note("build", layer, start)
     for (stage, shape), values in sorted(seconds.items()):
@@ -115,12 +115,12 @@ def compare_exhaustive(rows: Rows, layers: dict[str, Any], calibration: Calibrat
     """Our search against the full one, on one layer of each shape."""
     settings = METHODS["paper"]
     for (out_features, in_features), name in by_shape(layers).items():
-        problem = calibration.problem(name, layers[name].weight, "weight")
+        problem = calibration.problem(name, layers[name].weight, settings)
         shape = f"{out_features}x{in_features}"
         with rows.stage("exhaustive", method="paper", layer_shape=shape):
             exhaustive = exhaustive_costs(problem, settings)
         options: list[Option] = []
-        problem = calibration.problem(name, layers[name].weight, "weight")  # with nothing computed yet
+        problem = calibration.problem(name, layers[name].weight, settings)  # with nothing computed yet
         with rows.stage("search", method="paper", layer_shape=shape):
             options += select_forms(["dictionary"])[1].options(problem, settings)
         worst = max(option.cost / best - 1 for option, best in zip(options, exhaustive, strict=True))
@@ -149,7 +149,7 @@ def compare_ksvd(
         return coefficients @ dictionary
 
     def sparse(problem: LayerProblem, rank: int, support: int) -> Tensor:
-        scaled = scale_problem(problem, METHODS["rocket"].correlation_shrinkage)
+        scaled = scale_problem(problem)
         count = rank * problem.in_features + support * problem.out_features
         return scaled.unscale(scaled.sparsify(count)[0])
 
@@ -160,12 +160,12 @@ def compare_ksvd(
     }
     for (out_features, in_features), name in by_shape(layers).items():
         common = {"layer_shape": f"{out_features}x{in_features}", "removed_ratio": removed_ratio}
-        problem = calibration.problem(name, layers[name].weight, "activation")
+        problem = calibration.problem(name, layers[name].weight, UNTEMPERED)
         with rows.stage("factorize", method="cospadi", iterations=iterations, **common) as usage:
             weight, rank, support = cospadi_layer(problem, removed_ratio, iterations)
         rows[-1]["relative_error"] = problem.evaluate(weight)
         for method, compute in ours.items():
-            problem = calibration.problem(name, layers[name].weight, "activation")  # with nothing computed yet
+            problem = calibration.problem(name, layers[name].weight, UNTEMPERED)  # with nothing computed yet
             with rows.stage("factorize", method=method, **common) as own:
                 weight = compute(problem, rank, support)
             rows[-1].update(relative_error=problem.evaluate(weight), speedup=usage.seconds / own.seconds)

@@ -36,6 +36,8 @@ from rocket.run import track
 Weights = dict[str, Tensor]
 PAPER = Path(__file__).parents[1] / "rocket" / "config" / "paper.yaml"
 RANK_SUPPORT_RATIO = 2.0
+UNTEMPERED = ProfilingConfig(cost="activation", correlation_shrinkage=0.0)
+"""What the published baselines fit: the output error on the calibration data as measured."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def of_plan(bench: Bench, plan: Plan) -> Compressed:
         if option.form == "dense":
             continue
         linear = bench.layers[name]
-        problem = bench.calibration.problem(name, linear.weight, plan.profiling.cost)
+        problem = bench.calibration.problem(name, linear.weight, plan.profiling)
         layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
         weights[name] = layer.float().dense_weight().detach().to(linear.weight.dtype)
     return Compressed(weights, plan.removed_ratio, plan.bytes_removed_ratio, forms_of(plan), plan.cost)
@@ -173,7 +175,7 @@ def paper_planner(bench: Bench, method: str = "knapsack") -> Planner:
 
 
 def svd_llm(bench: Bench, removed_ratio: float) -> Compressed:
-    profiling = ProfilingConfig(forms=["low_rank"], cost="activation")
+    profiling = UNTEMPERED.model_copy(update={"forms": ["low_rank"]})
     planner = bench.planner("svd-llm", profiling, AllocationConfig(method="uniform"))
     return of_plan(bench, planner.at(removed_ratio=removed_ratio))
 
@@ -275,7 +277,7 @@ def learned_dictionary(bench: Bench, removed_ratio: float) -> Compressed:
     """CoSpaDi: K-SVD in whitened space, the same share of every layer, at k/s = 2. Hours on a CPU."""
     weights, stored, mask_bits = {}, 0, 0
     for name, linear in track(list(bench.layers.items()), "cospadi"):
-        problem = bench.calibration.problem(name, linear.weight, "activation")
+        problem = bench.calibration.problem(name, linear.weight, UNTEMPERED)
         weight, rank, support = cospadi_layer(problem, removed_ratio, bench.args.cospadi_iterations)
         weights[name] = weight.to(linear.weight.dtype)
         stored += rank * problem.in_features + support * problem.out_features

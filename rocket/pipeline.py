@@ -143,7 +143,7 @@ def profile_layers(session: Session) -> Planner:
         layers = session.layers
         with session.stage("profile layers"):
             for name in track(missing, "profile layers"):
-                problem = calibration.problem(name, weight_of(layers[name]), settings.cost)
+                problem = calibration.problem(name, weight_of(layers[name]), settings)
                 profiles[name] = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
                 run.write_json(_profile_file(name), expected, profiles[name].to_dict())
     else:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rocket.config.errors import RocketError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Item = TypeVar("Item")
 
 

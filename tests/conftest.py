@@ -143,6 +143,7 @@ def make_problem() -> Callable[..., LayerProblem]:
         seed: int = 0,
         decay: float = 0.6,
         tokens: int | None = None,
+        shrinkage: float = 0.0,
     ) -> LayerProblem:
         generator = torch.Generator().manual_seed(seed)
 
@@ -156,7 +157,7 @@ def make_problem() -> Callable[..., LayerProblem]:
         weight = normal(out_features, in_features) + 0.5 * low_rank
         sensitivity = normal(out_features).exp()
         gram = inputs.T @ inputs / len(inputs)
-        return LayerProblem(weight.float(), gram.float(), sensitivity.float(), cost)
+        return LayerProblem(weight.float(), gram.float(), sensitivity.float(), cost, shrinkage)
 
     return make
 

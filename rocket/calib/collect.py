@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rocket.calib.gram import GramAccumulator
 from rocket.config.errors import RocketError
-from rocket.factorization.problem import Cost, LayerProblem
+from rocket.config.schema import ProfilingConfig
+from rocket.factorization.problem import LayerProblem
 from rocket.models import LinearLayer, block_of, find_blocks
 
 Batch = Mapping[str, Tensor]
@@ -41,14 +42,18 @@ class Calibration:
         """Those of the layers that calibration reached."""
         return {name: layer for name, layer in layers.items() if name in self.inputs}
 
-    def problem(self, layer: str, weight: Tensor, cost: Cost) -> LayerProblem:
-        """The layer's weight [out, in] with what calibration knows of it, on the weight's device."""
+    def problem(self, layer: str, weight: Tensor, settings: ProfilingConfig) -> LayerProblem:
+        """The layer's weight [out, in] with what calibration knows of it, on the weight's device.
+
+        Of the settings, ``cost`` and ``correlation_shrinkage`` count.
+        """
         sensitivity = self.sensitivities.get(layer)
         return LayerProblem(
             weight.detach().float(),
             self.gram(layer).to(weight.device),
             None if sensitivity is None else sensitivity.to(weight.device),
-            cost,
+            settings.cost,
+            settings.correlation_shrinkage,
         )
 
 

@@ -37,7 +37,7 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
         linear = _linear(model, name)
         if option.form not in LAYERS:
             continue
-        problem = calibration.problem(name, weight_of(linear), plan.profiling.cost)
+        problem = calibration.problem(name, weight_of(linear), plan.profiling)
         layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
         specs[name] = layer.spec
         replace_module(model, name, layer)

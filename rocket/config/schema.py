@@ -145,8 +145,8 @@ class ProfilingConfig(Section):
     )
     correlation_shrinkage: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.2,
-        description="Share by which sparse layers shrink the measured correlations between inputs. 0 is best on text "
-        "like the calibration set's, more is better on any other.",
+        description="Share by which fits shrink the measured correlations between inputs. 0 is best on text like the "
+        "calibration set's (and the paper's), more is better on any other.",
     )
 
 

@@ -82,6 +82,19 @@ def projection_error(cost_target: Tensor, squared_norm: float, coefficients: Ten
     return error
 
 
+def projection_cost(problem: LayerProblem, coefficients: Tensor) -> float:
+    """The problem's cost of the dictionary fitted to coefficients C [k, out] in ``problem.tempered``."""
+    weights, fitted = problem.column_weights, problem.tempered.column_weights
+    if weights is None or fitted is None:
+        return problem.to_cost(projection_error(problem.cost_target, problem.squared_norm, coefficients))
+    # Where the fit weighed outputs otherwise, nothing is orthogonal in the cost's metric: the residual is formed.
+    ratio = (weights / fitted).float()
+    target = problem.cost_target / ratio
+    rows = torch.linalg.solve_triangular(gram_factor(coefficients), coefficients, upper=False)
+    residual = (target - (target @ rows.T) @ rows) * ratio
+    return problem.to_cost(float(residual.square().sum(dtype=torch.float64)))
+
+
 def fit_dictionary(target: Tensor, coefficients: Tensor) -> Tensor:
     """D = Z Cᵀ(C Cᵀ + εI)⁻¹ [in, k] (the paper's closed-form update) for Z [in, out] and C [k, out]."""
     factor = gram_factor(coefficients)

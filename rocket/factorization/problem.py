@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -28,6 +28,8 @@ class LayerProblem:
     - ``activation``: E‖Δx‖² / E‖Wx‖² = tr(ΔGΔᵀ) / tr(WGWᵀ)
     - ``loss``: ½ Σ_j φ_j δ_j G δ_jᵀ, the expected increase of the loss per token, in nats
 
+    ``shrinkage`` is the share by which `tempered` trusts the correlations between inputs less.
+
     >>> problem = LayerProblem(torch.eye(2), torch.diag(torch.tensor([1.0, 4.0])), torch.ones(2), "loss")
     >>> problem.evaluate(torch.diag(torch.tensor([1.0, 0.0])))
     2.0
@@ -37,6 +39,7 @@ class LayerProblem:
     gram: Tensor
     sensitivity: Tensor | None = None
     cost: Cost = "weight"
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         out_features, in_features = self.weight.shape
@@ -58,6 +61,20 @@ class LayerProblem:
     @property
     def max_rank(self) -> int:
         return min(self.weight.shape)
+
+    @cached_property
+    def tempered(self) -> LayerProblem:
+        """The problem that approximations are fitted to, while costs are this one's.
+
+        Its correlations between inputs are shrunk towards 0 by ``shrinkage``, and for ``loss`` its outputs weigh by √φ
+        rather than φ. Both come from one domain's text; trusted fully they give the least cost there and up to twice
+        the loss elsewhere. Without shrinkage, and for other costs than ``loss``, it is the problem itself.
+        """
+        if self.shrinkage == 0.0 and self.column_weights is None:
+            return self
+        gram = (1.0 - self.shrinkage) * self.gram.double()
+        gram.diagonal().copy_(self.gram.diagonal())
+        return replace(self, gram=gram, sensitivity=self.column_weights, shrinkage=0.0)
 
     @cached_property
     def whitening(self) -> Whitening:

@@ -42,11 +42,8 @@ class ScaledProblem:
     """A layer scaled so that every weight counts by its square alone, up to correlations.
 
     ``weight`` is T = diag(r) W diag(c), [out, in], and ``gram`` is N, [in, in], the correlation matrix of the inputs
-    (unit diagonal), with c_j = √G_jj and r_i = φ_i^¼ for the cost ``loss``, else 1. The error to make small is
-    tr((T - X) N (T - X)ᵀ); |T| is Wanda's importance (arXiv 2306.11695) with the output's sensitivity.
-
-    This is not quite the layer's cost, on purpose: correlations are shrunk towards 0, and outputs weigh by √φ rather
-    than φ. Both come from one domain's text; trusted fully they give the least cost there and twice the loss elsewhere.
+    (unit diagonal), with c_j = √G_jj and r_i the weight of output i, 1 unless the cost is ``loss``. The error to make
+    small is tr((T - X) N (T - X)ᵀ); |T| is Wanda's importance (arXiv 2306.11695) with the output's sensitivity.
     """
 
     weight: Tensor
@@ -66,8 +63,8 @@ class ScaledProblem:
         return scaled.double() / self.row_scale[:, None] / self.column_scale
 
 
-def scale_problem(problem: LayerProblem, correlation_shrinkage: float) -> ScaledProblem:
-    """Scale a layer's weight and Gram matrix; see `ScaledProblem`. Correlations lose ``correlation_shrinkage`` of them.
+def scale_problem(problem: LayerProblem) -> ScaledProblem:
+    """Scale a layer's weight and Gram matrix; see `ScaledProblem`.
 
     A thousandth of the mean diagonal is added to the Gram matrix, for inputs that calibration hardly saw.
     """
@@ -77,11 +74,11 @@ def scale_problem(problem: LayerProblem, correlation_shrinkage: float) -> Scaled
     floor = DAMPING * float(diagonal.mean()) + torch.finfo(torch.float32).tiny
     gram = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * floor
     columns = (diagonal + floor).sqrt()
-    correlations = (1.0 - correlation_shrinkage) * gram / columns[:, None] / columns
+    correlations = gram / columns[:, None] / columns
     correlations.fill_diagonal_(1.0)
     rows = torch.ones(problem.out_features, dtype=torch.float64, device=gram.device)
     if problem.column_weights is not None:
-        rows = problem.column_weights.sqrt()
+        rows = problem.column_weights
     weight = problem.weight.double() * rows[:, None] * columns
     return ScaledProblem(weight.float(), correlations.float(), rows, columns)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from rocket.config.schema import ProfilingConfig
-from rocket.factorization.dictionary import factorize, importance, projection_error, threshold
+from rocket.factorization.dictionary import factorize, importance, projection_cost, projection_error, threshold
 from rocket.factorization.problem import LayerProblem
 from rocket.forms.base import Option, as_state, keep_ratio_budget, padded_bits
 from rocket.kernels import bitmap
@@ -25,12 +25,15 @@ LOOK_AHEAD = 4
 
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """At most one option a removed ratio, that of the best ρ among ``settings.rank_support_ratios``."""
-    basis = problem.basis
+    tempered = problem.tempered
+    basis = tempered.basis
     scores = importance(basis, settings.importance_exponent)
 
+    def coefficients(rank: int, support: int) -> Tensor:
+        return basis.rows[:rank] * threshold(scores[:rank], support, settings.thresholds)
+
     def squared_error(rank: int, support: int) -> float:
-        mask = threshold(scores[:rank], support, settings.thresholds)
-        return projection_error(problem.cost_target, problem.squared_norm, basis.rows[:rank] * mask)
+        return projection_error(tempered.cost_target, tempered.squared_norm, coefficients(rank, support))
 
     found = []
     start: int | None = None
@@ -47,7 +50,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
                 name,
                 rank * problem.in_features + support * problem.out_features,
                 mask_bits=padded_bits(problem.out_features, rank),
-                cost=problem.to_cost(errors(start)),
+                cost=projection_cost(problem, coefficients(rank, support)),
                 rank=rank,
                 nnz=support * problem.out_features,
             )
@@ -58,7 +61,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
 def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
     support = option.nnz // problem.out_features
     dictionary, coefficients, mask = factorize(
-        problem,
+        problem.tempered,
         option.rank,
         support,
         exponent=settings.importance_exponent,

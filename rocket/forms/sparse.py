@@ -22,7 +22,7 @@ KNOTS = (0.05, 0.2, 0.4, 0.7)
 
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """One option a removed ratio, of as many non-zeros as fit."""
-    scaled = scale_problem(problem, settings.correlation_shrinkage)
+    scaled = scale_problem(problem.tempered)
     knots = knots_for(settings.removed_ratios)
     costs = []
     for knot in knots:
@@ -46,7 +46,7 @@ def knots_for(removed_ratios: list[float]) -> list[float]:
 
 
 def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
-    scaled = scale_problem(problem, settings.correlation_shrinkage)
+    scaled = scale_problem(problem.tempered)
     approximation, mask = scaled.sparsify(option.nnz)
     values, packed = bitmap.pack(scaled.unscale(approximation), mask)
     return {**as_state(weight=values), "mask": packed}

@@ -61,7 +61,7 @@ def profile_layers(
     """`profile_layer` of each, with a progress bar."""
     return [
         profile_layer(
-            name, calibration.inputs[name], calibration.problem(name, weight_of(layer), settings.cost), forms, settings
+            name, calibration.inputs[name], calibration.problem(name, weight_of(layer), settings), forms, settings
         )
         for name, layer in track(list(layers.items()), "profile layers")
     ]

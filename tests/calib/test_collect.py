@@ -8,6 +8,7 @@ from torch import nn
 from rocket.calib import Calibration, collect_grams, pack_triangle, unpack_triangle
 from rocket.calib.gram import GramAccumulator
 from rocket.config.errors import RocketError
+from rocket.config.schema import ProfilingConfig
 from rocket.models import target_layers
 
 
@@ -180,9 +181,10 @@ def test_triangle_round_trip(size):
 def test_problem_of_a_layer():
     calibration = Calibration({"a": "a", "b": "a"}, {"a": torch.eye(3)}, {"a": 5}, {"b": torch.ones(2)})
     weight = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
-    problem = calibration.problem("b", weight, "loss")
+    problem = calibration.problem("b", weight, ProfilingConfig(cost="loss", correlation_shrinkage=0.1))
     assert problem.weight.dtype == torch.float32
     assert not problem.weight.requires_grad
     assert torch.equal(problem.gram, torch.eye(3))
     assert torch.equal(problem.sensitivity, torch.ones(2))
-    assert calibration.problem("a", weight, "weight").sensitivity is None
+    assert problem.shrinkage == 0.1
+    assert calibration.problem("a", weight, ProfilingConfig(cost="weight")).sensitivity is None

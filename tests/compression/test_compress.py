@@ -36,7 +36,7 @@ def test_every_layer_is_what_the_plan_says(planned, plan):
         assert (layer.spec.rank, layer.spec.nnz) == (option.rank, option.nnz)
         assert layer.spec.input_group == plan.input_groups[name]
         assert layer.stored_values() == option.parameters
-        problem = plan.calibration.problem(name, original.weight, "loss")
+        problem = plan.calibration.problem(name, original.weight, plan.profiling)
         # Refits only lower what the profile says; sparse options are interpolated.
         assert 0 < problem.evaluate(layer.dense_weight().detach()) <= 1.15 * option.cost
     assert not any(parameter.is_meta for parameter in compressed.parameters())

@@ -62,6 +62,17 @@ def test_outputs_without_gradient_still_cost_a_little():
     assert question.evaluate(torch.diag(torch.tensor([1.0, 0.0]))) == pytest.approx(0.5e-6)
 
 
+def test_tempered_problems_trust_correlations_and_sensitivities_less():
+    gram, sensitivity = torch.tensor([[4.0, 2.0], [2.0, 9.0]]), torch.tensor([16.0, 81.0])
+    question = LayerProblem(torch.eye(2), gram, sensitivity, "loss", shrinkage=0.25)
+    assert question.tempered.gram.tolist() == [[4.0, 1.5], [1.5, 9.0]]
+    assert question.tempered.sensitivity.tolist() == pytest.approx([4.0, 9.0])
+    assert question.tempered.tempered.gram.tolist() == [[4.0, 1.5], [1.5, 9.0]]
+    assert LayerProblem(torch.eye(2), gram, sensitivity, "activation", 0.25).tempered.sensitivity is None
+    untouched = LayerProblem(torch.eye(2), gram, sensitivity, "weight")
+    assert untouched.tempered is untouched
+
+
 def test_a_layer_of_zeros_costs_nothing():
     assert LayerProblem(torch.zeros(2, 3), torch.eye(3)).evaluate(torch.zeros(2, 3)) == 0.0
 

@@ -14,7 +14,7 @@ from rocket.factorization.sparse import (
 
 
 def scaled_layer(make_problem, seed: int = 0, cost: str = "activation") -> ScaledProblem:
-    return scale_problem(make_problem(24, 32, cost, seed=seed), 0.2)
+    return scale_problem(make_problem(24, 32, cost, seed=seed, shrinkage=0.2).tempered)
 
 
 def squared_error(scaled: ScaledProblem, approximation: torch.Tensor) -> float:
@@ -44,8 +44,8 @@ def test_hand_solved():
 @pytest.mark.parametrize("cost", ["activation", "loss"])
 @pytest.mark.parametrize("shrinkage", [0.0, 0.2])
 def test_scaled_error_is_that_of_shrunk_correlations_and_tempered_sensitivities(make_problem, cost, shrinkage):
-    problem = make_problem(24, 32, cost)
-    scaled = scale_problem(problem, shrinkage)
+    problem = make_problem(24, 32, cost, shrinkage=shrinkage)
+    scaled = scale_problem(problem.tempered)
     gram = problem.gram.double().numpy()
     floored = gram + np.eye(32) * DAMPING * gram.diagonal().mean()
     shrunk = (1 - shrinkage) * floored + shrinkage * np.diag(floored.diagonal())
@@ -59,7 +59,7 @@ def test_scaled_error_is_that_of_shrunk_correlations_and_tempered_sensitivities(
 @pytest.mark.parametrize("cost", ["activation", "loss"])
 def test_scaling_is_undone(make_problem, cost):
     problem = make_problem(24, 32, cost)
-    scaled = scale_problem(problem, 0.2)
+    scaled = scale_problem(problem)
     torch.testing.assert_close(scaled.unscale(scaled.weight).float(), problem.weight)
     torch.testing.assert_close(scaled.gram.diagonal(), torch.ones(32))
 
@@ -115,5 +115,5 @@ def test_sparsify_keeps_exactly_so_many(make_problem, count):
 def test_dead_channels_are_dropped_first(make_problem):
     problem = make_problem(8, 16, "activation")
     problem.gram[5], problem.gram[:, 5] = 0, 0
-    _, mask = scale_problem(problem, 0.2).sparsify(64)
+    _, mask = scale_problem(problem).sparsify(64)
     assert not mask[:, 5].any()

@@ -31,9 +31,11 @@ def promised_and_real(problem, form, dense_weight, settings) -> list[tuple[float
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", ["dictionary", "low_rank"])
-def test_closed_forms_keep_their_promise(make_problem, dense_weight, form, shape, cost):
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2])
+def test_closed_forms_keep_their_promise(make_problem, dense_weight, form, shape, cost, shrinkage):
+    problem = make_problem(*shape, cost, shrinkage=shrinkage)
     for settings in (ONE_SHOT, ONE_SHOT.model_copy(update={"thresholds": "matrix", "importance_exponent": 0.0})):
-        for promised, real in promised_and_real(make_problem(*shape, cost), form, dense_weight, settings):
+        for promised, real in promised_and_real(problem, form, dense_weight, settings):
             assert promised == pytest.approx(real, rel=1e-3)
 
 

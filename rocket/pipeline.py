@@ -46,7 +46,7 @@ from rocket.models import (
     open_checkpoint,
     sample_batches,
     takes_media,
-    takes_text,
+    takes_text_alone,
     token_batches,
     weight_of,
 )
@@ -122,8 +122,10 @@ def _check_sources(session: Session) -> None:
     calib, evaluation = session.config.calib, session.config.evaluation
     model = session.model
     name = type(model).__name__
-    if evaluation.texts and not takes_text(model):
-        raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text; write [] and name samples")
+    if not _calibrates_on_samples(session) and not takes_text_alone(model):
+        raise RocketError(f"calib.source={calib.source!r}: {name} reads no text alone; name images or speech")
+    if evaluation.texts and not takes_text_alone(model):
+        raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text alone; write [] and name samples")
     if evaluation.samples and not takes_media(model):
         raise RocketError(f"evaluation.samples={evaluation.samples}: {name} takes neither images nor speech; write []")
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}

@@ -52,8 +52,9 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     for attribute in ("hf_quantizer", "quantization_method", "_weight_conversions", "_checkpoint_conversion_mapping"):
         if attribute in vars(model):
             delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
     model.is_quantized = False
     return model
 

@@ -11,7 +11,7 @@ from rocket.models.inputs import (
     run_forward,
     sample_batches,
     takes_media,
-    takes_text,
+    takes_text_alone,
     token_batches,
     without_cache,
 )
@@ -45,7 +45,7 @@ __all__ = [
     "run_forward",
     "sample_batches",
     "takes_media",
-    "takes_text",
+    "takes_text_alone",
     "target_layers",
     "token_batches",
     "weight_of",

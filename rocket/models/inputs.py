@@ -41,9 +41,9 @@ def takes_media(model: nn.Module) -> bool:
     return not forward_arguments(model).isdisjoint(MEDIA_INPUTS)
 
 
-def takes_text(model: nn.Module) -> bool:
-    """Whether token ids are an input of a model."""
-    return "input_ids" in forward_arguments(model)
+def takes_text_alone(model: nn.Module) -> bool:
+    """Whether a model can read text without images or audio: CLIP, for one, wants both."""
+    return "input_ids" in forward_arguments(model) and (not takes_media(model) or is_causal_lm(model))
 
 
 def run_forward(model: nn.Module, batch: Batch) -> Any:
@@ -102,16 +102,17 @@ def token_batches(model: nn.Module, tokens: Tensor, batch_size: int) -> list[Bat
 
     An encoder-decoder model reads a window's first half and learns to write its second.
     """
-    if not takes_text(model):
+    if not takes_text_alone(model):
         raise RocketError(
-            f"{type(model).__name__} reads no text; give it samples of what it takes (calib.source: a folder of images "
-            "or audio)"
+            f"{type(model).__name__} reads no text alone; give it samples of what it takes (a folder of images or "
+            "audio, or a .jsonl file that names them)"
         )
     if not is_encoder_decoder(model):
         return [{"input_ids": ids} for ids in tokens.split(batch_size)]
-    half = tokens.shape[1] // 2
     written = "labels" if "labels" in forward_arguments(model) else "decoder_input_ids"
-    return [{"input_ids": ids[:, :half], written: ids[:, half:]} for ids in tokens.split(batch_size)]
+    halves = tokens[:, : tokens.shape[1] // 2 * 2].chunk(2, dim=1)
+    read, answer = (half.contiguous().split(batch_size) for half in halves)
+    return [{"input_ids": ids, written: labels} for ids, labels in zip(read, answer, strict=True)]
 
 
 def first_batches(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
@@ -154,7 +155,7 @@ def _batch_maker(
     if has["audio"] and not takes.isdisjoint(AUDIO_INPUTS):
         return lambda part: _speech(model, processor, part)
     if has["image"] and "pixel_values" in takes:
-        if is_encoder_decoder(model) or not takes_text(model):
+        if is_encoder_decoder(model) or "input_ids" not in takes:
             return lambda part: _images(model, processor, part)
         if not has["text"]:
             raise RocketError(f"{name} reads images with text, and some of these samples have no text")

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 import rocket
 from rocket.compression import save_checkpoint, stored_values
 from rocket.config.schema import CalibConfig, ProfilingConfig
-from rocket.models import auto_class, run_forward, target_layers
+from rocket.models import auto_class, forward_arguments, run_forward, target_layers
 
 VOCABULARY, WIDTH, LENGTH = 97, 32, 16
 CALIB = CalibConfig(num_samples=16, batch_size=4, sensitivity_samples=8)
@@ -290,7 +290,8 @@ def test_family(name, tmp_path):
     assert all(torch.equal(*both) for both in zip(outputs(again, batch), expected, strict=True))
     assert not torch.equal(outputs(model, batch)[0], expected[0])
     if model.can_generate():
-        asked = {key: value[:1] for key, value in batch.items() if key not in ("labels", "pixel_values")}
+        taken = forward_arguments(model) - {"labels", "pixel_values"}
+        asked = {key: value[:1] for key, value in batch.items() if key in taken}
         if "pixel_values" in batch:
             asked["pixel_values"] = batch["pixel_values"][: len(batch["pixel_values"]) // 4]
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

@@ -35,16 +35,16 @@ class Sample:
 class SampleCorpus:
     """What a source of samples hands over: (key, sample), not read before they are iterated over, and then only once.
 
-    ``splits`` has either the keys ``calibration`` and ``held_out``, where the source brings its own splits, or the one
-    key ``all``, which is split by the hash of the keys: samples of the same key are always on the same side.
+    ``splits`` has either ``calibration`` and ``held_out`` (or one of them), where the source brings its own splits, or
+    the one key ``all``, which is split by the hash of the keys: samples of the same key are always on the same side.
     """
 
     splits: Mapping[Split, Iterable[tuple[str, Sample]]]
 
     def select(self, split: Split) -> Iterator[Sample]:
         """The samples of a split."""
-        parts = [self.splits[split]] if split in self.splits else list(self.splits.values())
         by_hash = "all" in self.splits and split != "all"
+        parts = self.splits.values() if by_hash or split == "all" else [self.splits.get(split, ())]
         for key, sample in chain.from_iterable(parts):
             if not by_hash or is_held_out(key) == (split == "held_out"):
                 yield sample
@@ -71,8 +71,8 @@ def load_samples(source: str, split: Split) -> tuple[Sample, ...]:
     samples = tuple(open_samples(source).select(split))
     if not samples:
         raise RocketError(
-            f"{source}: has no sample in the {split} split (about 10 % are held out, by their hash); add samples, or "
-            "name a separate evaluation source"
+            f"{source}: has no sample in the {split} split; name another source for it, or, where a source is split by "
+            "hash (about 10 % are held out), add samples"
         )
     return samples
 

@@ -21,7 +21,7 @@ from rocket.models.inputs import IGNORED
 class Subject:
     """A model, and the inputs that it is measured on.
 
-    ``samples`` is empty where ``batches`` come from windows of text. ``reference`` holds what the metric kept of the
+    ``samples`` are in the order of the rows of ``batches``; empty where ``batches`` come from windows of text. ``reference`` holds what the metric kept of the
     original model on the same inputs; it is empty for the original itself.
     """
 
@@ -64,12 +64,12 @@ class Metric:
     measure: Callable[[Subject], Measurement]
 
 
-def _has_labels(subject: Subject) -> bool:
+def _writes(subject: Subject) -> bool:
     learns = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
     return learns and labels_of(subject.model, subject.batches[0]) is not None
 
 
-def label_perplexity(subject: Subject) -> Measurement:
+def _perplexity(subject: Subject) -> Measurement:
     """exp of the mean loss of the labels: of an answer given its image, of a text's second half given its first."""
     loss, count = 0.0, 0
     with evaluating(subject.model):
@@ -87,13 +87,13 @@ def label_perplexity(subject: Subject) -> Measurement:
     return Measurement([Score("perplexity", math.inf if mean > 700 else math.exp(mean))])
 
 
-def _has_classes(subject: Subject) -> bool:
+def _classifies(subject: Subject) -> bool:
     sequences = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
     labelled = bool(subject.samples) and all(sample.label is not None for sample in subject.samples)
     return labelled and not sequences and "labels" in forward_arguments(subject.model)
 
 
-def class_accuracy(subject: Subject) -> Measurement:
+def _accuracy(subject: Subject) -> Measurement:
     """Share of the samples whose class has the highest score, in per cent, with its normal interval."""
     with evaluating(subject.model):
         scores = torch.cat([run_forward(subject.model, batch).logits.cpu() for batch in subject.batches])
@@ -105,8 +105,8 @@ def class_accuracy(subject: Subject) -> Measurement:
 
 
 METRICS = (
-    Metric("perplexity", _has_labels, label_perplexity),
-    Metric("accuracy", _has_classes, class_accuracy),
+    Metric("perplexity", _writes, _perplexity),
+    Metric("accuracy", _classifies, _accuracy),
 )
 
 

@@ -109,6 +109,9 @@ def test_registered_sources_keep_their_splits(monkeypatch):
     assert holds_samples("embedded:test")
     texts = [[sample.text for sample in load_samples("embedded:test", s)] for s in ("calibration", "held_out", "all")]
     assert texts == [["one"], ["two"], ["one", "two"]]
+    monkeypatch.setitem(sources.SAMPLE_SOURCES, "embedded:test", lambda: SampleCorpus({"held_out": [("a", Sample())]}))
+    with pytest.raises(RocketError, match="embedded:test: has no sample in the calibration split"):
+        load_samples("embedded:test", "calibration")
 
 
 def broken_image(folder: Path) -> None:

@@ -49,7 +49,7 @@ def plan(
     if profiling.cost == "loss" and calib.sensitivity_samples == 0:
         raise ValueError("the cost 'loss' needs calib.sensitivity_samples > 0")
     refuse_quantized(type(model).__name__, model.config)
-    material = _material(model, calibration, processor or tokenizer, calib)
+    material = _material(model, calibration, tokenizer if processor is None else processor, calib)
     forms = select_forms(profiling.forms)
     layers = target_layers(model, targets, ignore)
     with evaluation_mode(model):

@@ -131,8 +131,8 @@ def _check_sources(session: Session) -> None:
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
     if not _calibrates_on_samples(session):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for key, length in lengths.items():
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and length > positions:
             raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
 

@@ -14,7 +14,7 @@ from rocket.calib.gram import GramAccumulator
 from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
 from rocket.factorization.problem import Cost, LayerProblem
-from rocket.models import Batch, LinearLayer, block_of, find_blocks, is_encoder_decoder, run_forward
+from rocket.models import Batch, LinearLayer, block_of, find_blocks, run_forward
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class _Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Collector:
-        if is_encoder_decoder(self.model):
+        if self._decoder is not None and hasattr(self.model, "get_encoder"):
             encoder = self.model.get_encoder()
             self._handles.append(encoder.register_forward_hook(lambda _, __, output: self._note_encoded(output[0])))
         for block in self.blocks.values():

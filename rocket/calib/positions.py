@@ -54,7 +54,7 @@ def _mask(mask: Tensor | None) -> Tensor | None:
 
 def decoder_name(model: nn.Module) -> str | None:
     """The name of the decoder in a model that has an encoder beside it."""
-    if not is_encoder_decoder(model):
+    if not is_encoder_decoder(model) or not hasattr(model, "get_decoder"):
         return None
     network: Any = model
     decoder = network.get_decoder()

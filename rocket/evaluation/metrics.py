@@ -21,8 +21,8 @@ from rocket.models.inputs import IGNORED
 class Subject:
     """A model, and the inputs that it is measured on.
 
-    ``samples`` are in the order of the rows of ``batches``; empty where ``batches`` come from windows of text. ``reference`` holds what the metric kept of the
-    original model on the same inputs; it is empty for the original itself.
+    ``samples`` are in the order of the rows of ``batches``; empty where those are windows of text. ``reference`` holds
+    what the metric kept of the original model on the same inputs; it is empty for the original itself.
     """
 
     model: Any

@@ -82,19 +82,18 @@ def labels_of(model: nn.Module, batch: Batch) -> Tensor | None:
     if "labels" in batch or not is_causal_lm(model) or "input_ids" not in batch:
         return batch.get("labels")
     ids = batch["input_ids"]
-    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    hidden = _placeholders(model, ids)
     if batch.get("attention_mask") is not None:
         hidden |= batch["attention_mask"] == 0
-    for token in _placeholders(model):
-        hidden |= ids == token
     return ids.masked_fill(hidden, IGNORED)
 
 
-def _placeholders(model: nn.Module) -> set[int]:
-    """Ids of the tokens that stand for a piece of an image, a video or audio."""
+def _placeholders(model: nn.Module, ids: Tensor) -> Tensor:
+    """True where a token stands for a piece of an image, a video or audio."""
     config = getattr(model, "config", None)
     names = [f"{medium}_token_{end}" for medium in ("image", "video", "audio") for end in ("id", "index")]
-    return {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    known = {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    return torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype, device=ids.device))
 
 
 def token_batches(model: nn.Module, tokens: Tensor, batch_size: int) -> list[Batch]:
@@ -134,7 +133,7 @@ def sample_batches(model: nn.Module, processor: Any, samples: Sequence[Sample], 
     - speech: features of the audio; the transcript is the labels of an encoder-decoder model
     - images: pixels
     - image and text (CLIP): pixels, and tokens padded to one length
-    - image and text (a vision-language model): the chat of an image answered by the text, labels where there is text
+    - image and text (a vision-language model): the chat of an image answered by the text, labels what follows the image
 
     Raises RocketError if the model does not take what the samples hold, or the processor cannot make it.
     """
@@ -178,10 +177,11 @@ def _part(processor: Any, *names: str) -> Any:
 
 def _speech(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     extractor = _part(processor, "feature_extractor")
-    # Whisper reads 30 s, and its extractor pads to them by itself; others pad only when told.
-    padding = inspect.signature(extractor.__call__).parameters["padding"].default or True
+    arguments = inspect.signature(extractor.__call__).parameters
+    # Whisper reads 30 s, and its extractor pads to them by itself; others pad only when told, or always to one length.
+    padding = {"padding": arguments["padding"].default or True} if "padding" in arguments else {}
     audio = [sample.audio for sample in samples]
-    batch = dict(extractor(audio, sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt"))
+    batch = dict(extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt", **padding))
     if is_encoder_decoder(model):
         batch["labels"] = _written(model, processor, samples)
     return batch
@@ -225,7 +225,11 @@ def _dialogues(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> d
     texts = [_dialogue(processor, sample.text or "") for sample in samples]
     images = [[sample.image] for sample in samples]
     batch = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
-    return {**batch, "labels": labels_of(model, batch)}
+    labels = labels_of(model, batch)
+    assert labels is not None
+    # What comes before and among the pieces of the image is the prompt's frame: system text, rows and columns.
+    still_to_come = _placeholders(model, batch["input_ids"]).flip(1).cumsum(1).flip(1) > 0
+    return {**batch, "labels": labels.masked_fill(still_to_come, IGNORED)}
 
 
 def _dialogue(processor: Any, text: str) -> str:

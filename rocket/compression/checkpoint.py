@@ -5,25 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
 from rocket.models import make_linear
 from rocket.nn import CompressedLinear, optimize, replace_module
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
-    """Save as a Hugging Face directory, then reopen it and compare every tensor bit by bit.
+def save_checkpoint(model: PreTrainedModel, processor: Any, directory: Path) -> None:
+    """Save as a Hugging Face directory, with the processor (None: without), reopen it and compare every tensor.
 
     Raises RocketError if what comes back differs: a checkpoint that would not survive its reader is no checkpoint.
     """
     model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    if processor is not None:
+        processor.save_pretrained(directory)
     reopened = type(model).from_pretrained(directory, dtype=model.dtype)
     _compare(model.state_dict(), reopened.state_dict(), directory)
 
@@ -48,11 +49,12 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _merged(module))
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
+    for attribute in ("hf_quantizer", "quantization_method", "_weight_conversions", "_checkpoint_conversion_mapping"):
+        if attribute in vars(model):
             delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
     model.is_quantized = False
     return model
 

@@ -76,6 +76,7 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, CompressedLinear) and "mask" in module.tensors:
                 _check_mask(name, module)
+        _keep_names(model)
         attach_optimize(model)
         return model
 
@@ -137,7 +138,18 @@ def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> 
     model.hf_quantizer = RocketQuantizer(config, pre_quantized=True)
     model.quantization_method = "rocket"
     model.is_quantized = True
+    _keep_names(model)
     attach_optimize(model)
+
+
+def _keep_names(model: nn.Module) -> None:
+    """Make transformers save tensors under the model's own names, which config.json uses.
+
+    It would give them those of the original checkpoint, and split what it takes for stacked experts.
+    """
+    loosely_typed: Any = model
+    loosely_typed._weight_conversions = []
+    loosely_typed._checkpoint_conversion_mapping = {}  # the same in transformers 4
 
 
 def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> CompressedLinear:

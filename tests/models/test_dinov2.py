@@ -42,6 +42,7 @@ def test_features_are_those_of_the_file(embedded, pixels):
     with torch.inference_mode():
         hidden = embedded[0](pixel_values=pixels).last_hidden_state
     assert hidden.shape == (2, 257, 384)
+    assert hidden.isfinite().all()
     expected = torch.tensor(EXPECTED)
     assert torch.allclose(hidden[:, 0, :4], expected[:, :4], atol=5e-3)
     assert torch.allclose(hidden[:, -1, :4], expected[:, 4:], atol=5e-3)

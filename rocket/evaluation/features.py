@@ -78,7 +78,7 @@ def agreement(original: Tensor, compressed: Tensor, neighbours: int = 5) -> Feat
     _check_finite(original, "the original's features")
     _check_finite(compressed, "the compressed model's features")
     before, after = (F.normalize(features.double(), dim=1) for features in (original, compressed))
-    cosines = (before * after).sum(dim=1).cpu().numpy()
+    cosines = (before * after).sum(dim=1).clamp(-1, 1).cpu().numpy()
     low, high = _bootstrap_interval(cosines)
     shared = (_is_neighbour(before, neighbours) & _is_neighbour(after, neighbours)).sum(dim=1)
     overlap = float(shared.double().mean()) / neighbours

@@ -52,7 +52,8 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[WhisperForConditional
         raise RocketError(f"{folder / 'model.bin'}: no Whisper model, it has no tensor {error}") from None
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
-    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    # Copied, because weights that share memory, as parts of one matrix do, are not saved.
+    model.load_state_dict({name: weight.to(dtype, copy=True) for name, weight in weights.items()}, assign=True)
     model.tie_weights()
     model.generation_config = _generation_config(config, tokenizer, settings)
     features = WhisperFeatureExtractor(feature_size=config.num_mel_bins)

@@ -103,6 +103,9 @@ def test_every_weight_finds_its_place(tmp_path):
     assert all(torch.equal(actual[name], value) for name, value in expected.state_dict().items())
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
     assert not model.training
+    model.save_pretrained(tmp_path / "saved")
+    again = WhisperForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.float16).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in expected.state_dict().items())
     sizes = ("vocab_size", "d_model", "num_mel_bins", "encoder_ffn_dim", "decoder_layers", "max_target_positions")
     assert [getattr(model.config, size) for size in sizes] == [40, 8, 5, 12, 2, 6]
     assert processor.feature_extractor.feature_size == 5

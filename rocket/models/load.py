@@ -43,7 +43,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
     location = locate(config.path)
     dtype = getattr(torch, config.dtype)
     if location.embedded is not None and location.embedded.load is not None:
-        model, processor = location.embedded.load(dtype)
+        model, processor = location.embedded.load(Path(location.source, location.file or ""), dtype)
     else:
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         if location.file is not None:

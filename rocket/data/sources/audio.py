@@ -1,0 +1,78 @@
+"""Sound as Whisper and wav2vec2 take it: float32, mono, 16 kHz; and seeded variations of it."""
+
+from __future__ import annotations
+
+import wave
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rocket.config.errors import RocketError
+from rocket.data.samples import SAMPLING_RATE
+
+FFT_BLOCK = 1024
+Audio: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def read_wav(path: Path) -> Audio:
+    """The samples [n] of a mono 16-bit PCM file, between -1 and 1, at 16 kHz whatever its own rate.
+
+    Raises RocketError when the file is of another kind or shorter than it says.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            layout = (file.getnchannels(), file.getsampwidth())
+            rate, frames = file.getframerate(), file.getnframes()
+            content = file.readframes(frames)
+    except (OSError, EOFError, wave.Error) as error:
+        raise RocketError(f"{path}: no readable WAV file ({str(error) or 'it is cut short'})") from error
+    if layout != (1, 2):
+        raise RocketError(f"{path}: has {layout[0]} channels of {8 * layout[1]} bits; convert it to mono, 16 bits")
+    if len(content) != 2 * frames:
+        raise RocketError(f"{path}: is cut short; get the file again")
+    samples = np.frombuffer(content, "<i2").astype(np.float32) / np.float32(32768)
+    return resample(samples, Fraction(SAMPLING_RATE, rate))
+
+
+def resample(audio: Audio, ratio: Fraction) -> Audio:
+    """The same sound in ``ratio`` times as many samples, band-limited: what the fewer samples cannot hold is left out.
+
+    >>> tone = np.sin(2 * np.pi * 100 * np.arange(8192) / 8192).astype(np.float32)
+    >>> expected = np.sin(2 * np.pi * 100 * np.arange(16384) / 16384)
+    >>> bool(np.allclose(resample(tone, Fraction(2)), expected, atol=1e-5))
+    True
+    """
+    if ratio == 1:
+        return audio
+    # Lengths with small prime factors make the transforms fast.
+    block = FFT_BLOCK * ratio.denominator
+    length = -(-len(audio) // block) * block
+    resampled = int(length * ratio)
+    spectrum = np.fft.rfft(audio.astype(np.float64), length)[: resampled // 2 + 1]
+    sound = np.fft.irfft(spectrum, resampled)[: round(len(audio) * ratio)]
+    return (sound * float(ratio)).astype(np.float32)
+
+
+def change_speed(audio: Audio, speed: Fraction) -> Audio:
+    """Faster (above 1) or slower, as a tape would play it: the pitch changes with it.
+
+    >>> change_speed(np.zeros(1100, np.float32), Fraction(11, 10)).shape
+    (1000,)
+    """
+    return resample(audio, 1 / speed)
+
+
+def add_noise(audio: Audio, decibels: float, generator: np.random.Generator) -> Audio:
+    """White noise added so that the sound is this many decibels above it (signal-to-noise ratio)."""
+    noise = generator.standard_normal(len(audio))
+    level = np.sqrt(np.mean(audio.astype(np.float64) ** 2)) * 10 ** (-decibels / 20)
+    noisy: Audio = (audio + level * noise).astype(np.float32)
+    return noisy
+
+
+def join(pieces: list[Audio], pause: float) -> Audio:
+    """One after the other, with so many seconds of silence between them."""
+    silence = np.zeros(round(pause * SAMPLING_RATE), np.float32)
+    return np.concatenate([part for piece in pieces for part in (piece, silence)][:-1])

@@ -1,0 +1,154 @@
+"""Word error rate of a speech model, with error bars, and of one model against another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from rocket.config.errors import RocketError
+from rocket.data.samples import SAMPLING_RATE, Sample
+from rocket.evaluation.perplexity import evaluating
+from rocket.run import track
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class WordErrorRate:
+    """What `word_error_rate` measured.
+
+    value: errors / words, a fraction. errors: words substituted, left out or put in. words: words of the references.
+    low, high: 95 % interval of the value over the choice of clips. hypotheses: what the model wrote, a clip each;
+    clip_errors, clip_words: the counts of each clip, so that two models can be compared pairwise.
+    """
+
+    value: float
+    errors: int
+    words: int
+    low: float
+    high: float
+    hypotheses: tuple[str, ...]
+    clip_errors: tuple[int, ...]
+    clip_words: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Word error rate of one model less another's, a fraction, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def word_error_rate(model: Any, processor: Any, samples: Sequence[Sample], batch_size: int = 4) -> WordErrorRate:
+    """Errors a word of the model's transcripts of samples with `audio` (16 kHz) and `text`, over all clips together.
+
+    Decoding is greedy: token by token for models that generate (Whisper), the best symbol of each frame for CTC models
+    (wav2vec2). References and transcripts go through Whisper's normaliser of English (letter case, punctuation,
+    numbers, contractions; British spelling too where the processor knows it) before words are compared.
+
+    Cost: one transcription of each clip; models like Whisper, whose input is 30 s long, pay for 30 s whatever the clip.
+
+    Raises RocketError when a sample lacks audio or text, has no word, or is longer than the model takes in; or when
+    the package `jiwer` is missing.
+    """
+    _check(samples, processor, batch_size)
+    hypotheses: list[str] = []
+    with evaluating(model):
+        for start in track(range(0, len(samples), batch_size), "transcribe"):
+            hypotheses += transcribe(model, processor, [sample.audio for sample in samples[start : start + batch_size]])
+    return score([str(sample.text) for sample in samples], hypotheses, _normalizer(processor))
+
+
+def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
+    """What a model in evaluation mode hears in a batch of clips, each float32 [n] at 16 kHz."""
+    # Whisper's input has one length; others are padded to the longest clip.
+    padding = "max_length" if _longest(processor) else "longest"
+    inputs = processor(audio=list(clips), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    if model.can_generate():
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1)
+    else:
+        tokens = model(**inputs).logits.argmax(dim=-1)
+    return [str(text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def score(references: Sequence[str], hypotheses: Sequence[str], normalize: Any) -> WordErrorRate:
+    """Word errors of transcripts against references, both normalised first."""
+    errors, words = np.array(
+        list(_counts([normalize(text) for text in references], [normalize(text) for text in hypotheses]))
+    ).T
+    low, high = _interval(errors, words)
+    return WordErrorRate(
+        value=float(errors.sum() / words.sum()),
+        errors=int(errors.sum()),
+        words=int(words.sum()),
+        low=low,
+        high=high,
+        hypotheses=tuple(hypotheses),
+        clip_errors=tuple(errors.tolist()),
+        clip_words=tuple(words.tolist()),
+    )
+
+
+def difference(original: Sequence[int], compressed: Sequence[int], words: Sequence[int]) -> Difference:
+    """How much higher the compressed model's rate is, from both models' errors in each clip and the words in it.
+
+    The interval draws the same clips for both models. Raises RocketError if these are not of the same clips.
+    """
+    if not len(original) == len(compressed) == len(words):
+        raise RocketError("two word error rates of different clips cannot be compared; measure both on the same")
+    more, said = np.subtract(compressed, original), np.array(words)
+    return Difference(float(more.sum() / said.sum()), *_interval(more, said))
+
+
+def _interval(errors: Any, words: Any, seed: int = 0) -> tuple[float, float]:
+    """2.5 % and 97.5 % percentiles of Σ errors / Σ words over clips drawn with replacement (Bisani and Ney 2004)."""
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(len(words), np.full(len(words), 1 / len(words)), size=RESAMPLES)
+    low, high = np.percentile((draws @ errors) / (draws @ words), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _counts(references: Sequence[str], hypotheses: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(errors, words) of each clip."""
+    try:
+        import jiwer
+    except ImportError:
+        raise RocketError("word error rates need a package: pip install 'rocket-compress[speech]'") from None
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        if not reference:
+            raise RocketError("a reference has no word once normalised; leave such clips out")
+        found = jiwer.process_words(reference, hypothesis)
+        yield found.substitutions + found.deletions + found.insertions, len(reference.split())
+
+
+def _normalizer(processor: Any) -> EnglishTextNormalizer:
+    return EnglishTextNormalizer(getattr(processor.tokenizer, "english_spelling_normalizer", None) or {})
+
+
+def _longest(processor: Any) -> int | None:
+    """The one number of audio samples that a model like Whisper takes in; None where any length will do."""
+    return getattr(processor.feature_extractor, "n_samples", None)
+
+
+def _check(samples: Sequence[Sample], processor: Any, batch_size: int) -> None:
+    if batch_size < 1:
+        raise RocketError(f"batch_size {batch_size}: must be at least 1")
+    if not samples:
+        raise RocketError("no clip to measure the word error rate on; give samples with audio and text")
+    longest = _longest(processor)
+    for number, sample in enumerate(samples):
+        if sample.audio is None or sample.text is None:
+            missing = "audio" if sample.audio is None else "transcript"
+            raise RocketError(f"sample {number} has no {missing}; word error rates need clips with transcripts")
+        if longest is not None and len(sample.audio) > longest:
+            raise RocketError(
+                f"sample {number} has {len(sample.audio) / SAMPLING_RATE:.1f} s of audio; this model takes in "
+                f"{longest / SAMPLING_RATE:.0f} s, cut it into shorter clips"
+            )

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 from transformers.models.auto import modeling_auto
 
 from rocket.models.inputs import takes_media
@@ -14,21 +21,23 @@ from rocket.models.inputs import takes_media
 def auto_class(config: PretrainedConfig) -> Any:
     """The Auto class whose ``from_pretrained`` gives the model that a config's ``architectures`` names.
 
-    It is looked up in the mappings of all Auto classes. A config that names no architecture is one of a language model
-    if its kind has one, else of a bare `AutoModel`.
+    It is looked up in the mappings of all Auto classes; a class of transformers that is in none of them is the result
+    itself. Where no architecture that transformers has is named, it is the model that writes text, if there is one of
+    the config's kind, else the bare `AutoModel`.
     """
-    wanted = (getattr(config, "architectures", None) or [None])[0]
+    wanted = (getattr(config, "architectures", None) or [""])[0]
     remote = getattr(config, "auto_map", None) or {}
     classes = _auto_classes()
-    named = next((name for name, target in remote.items() if target.rpartition(".")[2] == wanted), None)
-    if named is not None and named in classes:
-        return classes[named]
+    for name, target in remote.items():
+        if name in classes and target.rpartition(".")[2] == wanted:
+            return classes[name]
     for candidate in classes.values():
-        if wanted is not None and wanted in _architectures(candidate, config.model_type):
+        if wanted in _architectures(candidate, config.model_type):
             return candidate
-    if wanted is None and _architectures(AutoModelForCausalLM, config.model_type):
-        return AutoModelForCausalLM
-    return AutoModel
+    if hasattr(transformers, wanted):
+        return getattr(transformers, wanted)
+    writers = (AutoModelForSeq2SeqLM, AutoModelForCausalLM)
+    return next((writer for writer in writers if _architectures(writer, config.model_type)), AutoModel)
 
 
 def _auto_classes() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rocket.config.errors import RocketError
 from rocket.data import Sample
@@ -200,8 +201,8 @@ def _written(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> Ten
     tokenizer = _part(processor, "tokenizer")
     if any(sample.text is None for sample in samples):
         raise RocketError(f"{type(model).__name__} writes text, and some of these samples have none (no transcript)")
-    made = tokenizer([sample.text for sample in samples], padding=True, return_tensors="pt")
-    labels: Tensor = made["input_ids"].masked_fill(made["attention_mask"] == 0, IGNORED)
+    rows = [torch.tensor(tokenizer(sample.text)["input_ids"]) for sample in samples]
+    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
     config: Any = model.config
     starts = bool((labels[:, 0] == config.decoder_start_token_id).all())
     return labels[:, 1:] if starts else labels

@@ -75,7 +75,7 @@ def _open(
         raise RocketError(f"model.path={name!r} is no model that can be opened: {_first_line(error)}") from error
     try:
         return model, open_processor(source, model, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         raise RocketError(
             f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
             f"{_first_line(error)}"

@@ -12,7 +12,7 @@ from rocket.calib import calibrate
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.data import pack_tokens
 from rocket.forms import select_forms
-from rocket.models import evaluation_mode, refuse_quantized, target_layers
+from rocket.models import evaluation_mode, refuse_quantized, target_layers, unstacked_experts
 from rocket.profiling import profile_layers
 
 
@@ -43,10 +43,11 @@ def plan(
         tokens = pack_tokens(calibration, tokenizer, calib.seq_len, calib.num_samples, calib.seed)
     refuse_quantized(type(model).__name__, model.config)
     forms = select_forms(profiling.forms)
-    layers = target_layers(model, targets, ignore)
-    with evaluation_mode(model):
+    with unstacked_experts(model), evaluation_mode(model):
+        layers = target_layers(model, targets, ignore)
         wanted = calib.sensitivity_samples if profiling.cost == "loss" else 0
         statistics = calibrate(model, layers, tokens, calib.batch_size, wanted)
-    layers = statistics.known(layers)
-    profiles = profile_layers(layers, statistics, forms, profiling)
-    return Planner(profiles, measure_size(model, layers.values()), profiling, calibration=statistics)
+        layers = statistics.known(layers)
+        profiles = profile_layers(layers, statistics, forms, profiling)
+        size = measure_size(model, layers.values())
+    return Planner(profiles, size, profiling, calibration=statistics)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.config.errors import RocketError
-from rocket.models import make_linear
+from rocket.models import make_linear, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
 
 
@@ -40,6 +40,8 @@ def _compare(saved: Mapping[str, Tensor], reopened: Mapping[str, Tensor], direct
 def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     """The same model with every compressed layer multiplied out into a plain linear layer, as the original's.
 
+    Experts that the original stacks in one parameter are stacked again.
+
     For engines that know nothing of rocket. It takes the original's memory and disk again.
     """
     if not inplace:
@@ -48,11 +50,13 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _merged(module))
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
+    restack_experts(model)
+    for attribute in ("hf_quantizer", "quantization_method", "_weight_conversions", "_checkpoint_conversion_mapping"):
+        if attribute in vars(model):
             delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
     model.is_quantized = False
     return model
 

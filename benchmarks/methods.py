@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import cospadi, evopress, learned, sparsegpt, strs, threebasil, wanda
 from rocket.allocation import MeasuredPoint, Plan, Planner, Prediction, measure_size
-from rocket.calib import Calibration, calibrate
+from rocket.calib import SENSITIVITY_BATCH, Calibration, calibrate
 from rocket.compression.compress import build_layer
 from rocket.config import load_config
 from rocket.config.schema import AllocationConfig, ProfilingConfig
@@ -29,7 +29,7 @@ from rocket.factorization.problem import LayerProblem
 from rocket.forms import Option, select_forms
 from rocket.forms.base import padded_bits
 from rocket.forms.dictionary import sizes_for
-from rocket.models import target_layers
+from rocket.models import target_layers, token_batches
 from rocket.profiling import profile_layers
 from rocket.run import track
 
@@ -82,7 +82,8 @@ class Bench:
     @cached_property
     def calibration(self) -> Calibration:
         tokens = self.tokens[: self.args.samples]
-        return calibrate(self.model, self.layers, tokens, 8, self.args.sensitivity_samples)
+        sensitivity = token_batches(self.model, tokens[: self.args.sensitivity_samples], SENSITIVITY_BATCH)
+        return calibrate(self.model, self.layers, token_batches(self.model, tokens, 8), sensitivity)
 
     def planner(self, name: str, profiling: ProfilingConfig, allocation: AllocationConfig) -> Planner:
         """Profile under ``name`` once; other allocations of the same profiles are free."""

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import Planner, measure_size
-from rocket.calib import calibrate
+from rocket.calib import SENSITIVITY_BATCH, calibrate
 from rocket.config.schema import CalibConfig, ProfilingConfig
-from rocket.data import pack_tokens
+from rocket.data import Sample, pack_tokens
 from rocket.forms import select_forms
-from rocket.models import evaluation_mode, refuse_quantized, target_layers, unstacked_experts
+from rocket.models import (
+    Batch,
+    evaluation_mode,
+    first_batches,
+    refuse_quantized,
+    sample_batches,
+    target_layers,
+    token_batches,
+    unstacked_experts,
+)
 from rocket.profiling import profile_layers
 
 
 def plan(
     model: PreTrainedModel,
-    calibration: Sequence[str] | torch.Tensor,
+    calibration: Sequence[str] | torch.Tensor | Sequence[Batch] | Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    processor: Any = None,
     calib: CalibConfig | None = None,
     profiling: ProfilingConfig | None = None,
     targets: Sequence[str] = (),
@@ -28,26 +39,45 @@ def plan(
 ) -> Planner:
     """Calibrate and profile a model once; the result plans any size in seconds.
 
-    ``calibration`` holds texts (then ``tokenizer`` is needed) or token ids [samples, seq_len]. ``calib`` and
-    ``profiling`` are the sections of the same names of a config file. The model is left as it is. Raises RocketError
-    when the text is too short or no layer matches, ValueError when texts come without a tokenizer.
+    ``calibration`` holds texts (then ``tokenizer`` is needed), token ids [samples, seq_len], samples of images or
+    speech (then ``processor`` is needed; both are one argument by two names), or batches: keyword arguments of the
+    model's forward, with ``labels`` where it learns from them, taken as they are. ``calib`` and ``profiling`` are the
+    sections of the same names of a config file. The model is left as it is. Raises RocketError when the
+    text is too short, the model does not take what the samples hold, or no layer matches; ValueError when texts or
+    samples come alone.
     """
     calib, profiling = calib or CalibConfig(), profiling or ProfilingConfig()
     if profiling.cost == "loss" and calib.sensitivity_samples == 0:
         raise ValueError("the cost 'loss' needs calib.sensitivity_samples > 0")
-    if isinstance(calibration, torch.Tensor):
-        tokens = calibration
-    elif tokenizer is None:
-        raise ValueError("calibration texts need the tokenizer")
-    else:
-        tokens = pack_tokens(calibration, tokenizer, calib.seq_len, calib.num_samples, calib.seed)
     refuse_quantized(type(model).__name__, model.config)
+    material = _material(model, calibration, tokenizer if processor is None else processor, calib)
     forms = select_forms(profiling.forms)
     with unstacked_experts(model), evaluation_mode(model):
         layers = target_layers(model, targets, ignore)
         wanted = calib.sensitivity_samples if profiling.cost == "loss" else 0
-        statistics = calibrate(model, layers, tokens, calib.batch_size, wanted)
+        batches = material(None, calib.batch_size)
+        statistics = calibrate(model, layers, batches, material(wanted, SENSITIVITY_BATCH) if wanted else ())
         layers = statistics.known(layers)
         profiles = profile_layers(layers, statistics, forms, profiling)
         size = measure_size(model, layers.values())
     return Planner(profiles, size, profiling, calibration=statistics)
+
+
+def _material(
+    model: PreTrainedModel, calibration: Any, processor: Any, calib: CalibConfig
+) -> Callable[[int | None, int], Sequence[Batch]]:
+    """(how many samples, how many a batch) -> batches, of whatever kind calibration was given."""
+    if isinstance(calibration, torch.Tensor):
+        return lambda count, size: token_batches(model, calibration[:count], size)
+    if not len(calibration):
+        raise ValueError("calibration is empty")
+    if isinstance(calibration[0], Mapping):
+        return lambda count, _: first_batches(calibration, count)
+    if processor is None:
+        what = "samples need the processor" if isinstance(calibration[0], Sample) else "texts need the tokenizer"
+        raise ValueError(f"calibration {what}")
+    if isinstance(calibration[0], Sample):
+        samples = calibration[: calib.num_samples]
+        return lambda count, size: sample_batches(model, processor, samples[:count], size)
+    tokens = pack_tokens(calibration, processor, calib.seq_len, calib.num_samples, calib.seed)
+    return lambda count, size: token_batches(model, tokens[:count], size)

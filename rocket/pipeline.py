@@ -9,20 +9,20 @@ nothing else: profiles do not depend on the budget, and a second size costs a pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
 from rocket.calib import (
     SENSITIVITY_BATCH,
     Calibration,
-    batches_of,
     collect_grams,
     measure_sensitivities,
     pack_triangle,
@@ -30,15 +30,34 @@ from rocket.calib import (
 )
 from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
-from rocket.data import load_documents, pack_tokens
-from rocket.evaluation import perplexity, window_losses_of, zero_shot
-from rocket.models import resolve_device, weight_of
+from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
+from rocket.evaluation import (
+    Score,
+    Subject,
+    fitting_metrics,
+    perplexity,
+    spread_windows,
+    window_losses_of,
+    zero_shot,
+)
+from rocket.models import (
+    Batch,
+    is_causal_lm,
+    open_checkpoint,
+    sample_batches,
+    takes_media,
+    takes_text_alone,
+    token_batches,
+    weight_of,
+)
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.run import RunDirectory, Usage, fingerprint, track
 from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16
 MEASURING_WINDOWS = 32
+
+logger = logging.getLogger(__name__)
 
 
 class StoredGrams(Mapping[str, Tensor]):
@@ -78,19 +97,19 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
         return stored
     config, run, expected = session.config.calib, session.run, session.calibration_fingerprint
     model, layers = session.model, session.layers
-    _check_positions(session)
+    _check_sources(session)
     with session.stage("gather activations"):
-        tokens = _calibration_tokens(session)
-        calibration = collect_grams(model, layers, batches_of(tokens, config.batch_size, "calibrate"))
-        layers = calibration.known(layers)
+        batches = _calibration_batches(session)
+        calibration = collect_grams(model, layers, track(batches(None, config.batch_size), "calibrate"))
         for name in list(calibration.grams):
             run.write_tensors(_gram_file(name), expected, {"gram": pack_triangle(calibration.grams[name])})
     if config.sensitivity_samples:
         with session.stage("measure sensitivities"):
-            batches = batches_of(tokens[: config.sensitivity_samples], SENSITIVITY_BATCH, "sensitivities")
-            sensitivities = measure_sensitivities(model, layers, batches)
+            chosen = track(batches(config.sensitivity_samples, SENSITIVITY_BATCH), "sensitivities")
+            sensitivities = measure_sensitivities(model, calibration.known(layers), chosen)
         run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
-    size = measure_size(model, layers.values())
+        calibration = calibration.with_sensitivities(sensitivities)
+    size = measure_size(model, calibration.known(layers).values())
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}
     run.write_json("calibration/index.json", expected, index)
     stored = _stored_calibration(session)
@@ -98,12 +117,43 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     return stored
 
 
-def _check_positions(session: Session) -> None:
-    positions = getattr(session.model.config, "max_position_embeddings", None)
-    lengths = {"calib.seq_len": session.config.calib.seq_len, "evaluation.seq_len": session.config.evaluation.seq_len}
+def _check_sources(session: Session) -> None:
+    """Whether the model takes what the config gives it: said before any work, not after."""
+    calib, evaluation = session.config.calib, session.config.evaluation
+    model = session.model
+    name = type(model).__name__
+    if not _calibrates_on_samples(session) and not takes_text_alone(model):
+        raise RocketError(f"calib.source={calib.source!r}: {name} reads no text alone; name images or speech")
+    if evaluation.texts and not takes_text_alone(model):
+        raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text alone; write [] and name samples")
+    if evaluation.samples and not takes_media(model):
+        raise RocketError(f"evaluation.samples={evaluation.samples}: {name} takes neither images nor speech; write []")
+    lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
+    if not _calibrates_on_samples(session):
+        lengths = {"calib.seq_len": calib.seq_len, **lengths}
     for key, length in lengths.items():
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and length > positions:
             raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
+
+
+def _calibrates_on_samples(session: Session) -> bool:
+    return takes_media(session.model) and holds_samples(session.config.calib.source)
+
+
+def _calibration_batches(session: Session) -> Callable[[int | None, int], Sequence[Batch]]:
+    """(the first so many samples, how many a batch) -> batches."""
+    model, processor = session.loaded
+    config = session.config.calib
+    if not _calibrates_on_samples(session):
+        tokens = _calibration_tokens(session)
+        return lambda count, size: token_batches(model, tokens[:count], size)
+    samples = load_samples(config.source, "calibration")
+    if len(samples) < config.num_samples:
+        logger.warning("%s has only %d samples, not %d: using all", config.source, len(samples), config.num_samples)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
+    drawn = [samples[index] for index in order[: config.num_samples].tolist()]
+    return lambda count, size: sample_batches(model, processor, drawn[:count], size)
 
 
 def _calibration_tokens(session: Session, spare: int = 0) -> Tensor:
@@ -114,7 +164,13 @@ def _calibration_tokens(session: Session, spare: int = 0) -> Tensor:
         text_field=config.text_field,
         stream_limit=max(512, HUB_DOCUMENTS_A_SAMPLE * config.num_samples),
     )
-    return pack_tokens(documents.texts, session.tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
+    tokenizer = _tokenizer(session.loaded[1])
+    return pack_tokens(documents.texts, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
+
+
+def _tokenizer(processor: Any) -> Any:
+    """The tokenizer of a processor, or the processor itself, if it is one."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
@@ -172,6 +228,8 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
         session.skip("measure prices")
         return planner
     model = session.model
+    if not is_causal_lm(model) or _calibrates_on_samples(session):
+        raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
     with session.stage("measure prices"):
         windows = _calibration_tokens(session, spare=MEASURING_WINDOWS)[session.config.calib.num_samples :]
         if not len(windows):
@@ -216,12 +274,12 @@ def compress_model(session: Session) -> Path:
     if session.run.has_directory(session.checkpoint, session.plan_fingerprint):
         session.skip("compress")
         return path
-    model, tokenizer = session.loaded
+    model, processor = session.loaded
     with session.stage("compress"):
         compressed = compress(model, plan, inplace=True)
         session.release_model()
         with session.run.new_directory(session.checkpoint, session.plan_fingerprint) as directory:
-            save_checkpoint(compressed, tokenizer, directory)
+            save_checkpoint(compressed, processor, directory)
             stored = stored_values(directory, plan.choices)
             if stored != plan.kept_target_parameters:
                 raise RocketError(f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}")
@@ -237,31 +295,27 @@ def export_dense(session: Session) -> Path:
         session.skip("export dense")
         return session.run.path / name
     with session.stage("export dense"), session.run.new_directory(name, expected) as directory:
-        model, tokenizer = open_compressed(session, path)
+        model, processor = open_checkpoint(path, session.config.model)
         merge(model, inplace=True).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        processor.save_pretrained(directory)
     return session.run.path / name
-
-
-def open_compressed(session: Session, path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The checkpoint as any user opens it."""
-    config = session.config.model
-    options = {"trust_remote_code": config.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    return model.to(resolve_device(config.device)).eval(), tokenizer
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model. ``perplexities`` by text source, ``accuracies`` by task."""
+    """What was measured of one model.
+
+    ``perplexities`` by text source, ``accuracies`` by task, ``scores`` by source: of what is no text that a decoder
+    reads, or of other models than decoders.
+    """
 
     perplexities: dict[str, float]
     accuracies: dict[str, dict[str, Any]]
+    scores: dict[str, list[Score]] = field(default_factory=dict)
 
 
 def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
-    """Perplexity and zero-shot accuracy of the original and of the compressed model. Writes evaluation/*.json.
+    """The original and the compressed model, measured by what fits them. Writes evaluation/*.json.
 
     The original comes first, while it is in memory for the stages before.
     """
@@ -270,20 +324,36 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     session.release_model()
     compressed = _stored_evaluation(session, session.budget.name, session.plan_fingerprint)
     if compressed is None:
-        model, tokenizer = open_compressed(session, path)
+        kept = session.run.read_tensors(_KEPT, session.evaluation_fingerprint(_original(session))) or {}
+        model, processor = open_checkpoint(path, session.config.model)
         with session.stage("evaluate compressed"):
-            compressed = _evaluate(session, session.budget.name, session.plan_fingerprint, model, tokenizer)
+            compressed, _ = _evaluate(session, model, processor, kept)
+        expected = session.evaluation_fingerprint(session.plan_fingerprint)
+        session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
     return original, compressed
 
 
+_KEPT = "evaluation/original.safetensors"
+
+
+def _original(session: Session) -> str:
+    return fingerprint(model=session.model_identity, dtype=session.config.model.dtype)
+
+
 def _evaluate_original(session: Session) -> Evaluation:
-    subject = fingerprint(model=session.model_identity, dtype=session.config.model.dtype)
-    stored = _stored_evaluation(session, "original", subject)
+    """Also writes what metrics keep of it to compare the compressed model with."""
+    stored = _stored_evaluation(session, "original", _original(session))
     if stored is not None:
         return stored
-    model, tokenizer = session.loaded
+    model, processor = session.loaded
+    _check_sources(session)
     with session.stage("evaluate original"):
-        return _evaluate(session, "original", subject, model, tokenizer)
+        evaluation, kept = _evaluate(session, model, processor, {})
+    expected = session.evaluation_fingerprint(_original(session))
+    if kept:
+        session.run.write_tensors(_KEPT, expected, kept)
+    session.run.write_json("evaluation/original.json", expected, asdict(evaluation))
+    return evaluation
 
 
 def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation | None:
@@ -291,32 +361,64 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
     if content is None:
         return None
     session.skip(f"evaluate {name}")
-    return Evaluation(**content)
+    scores = {source: [Score(**score) for score in scores] for source, scores in content.pop("scores").items()}
+    return Evaluation(**content, scores=scores)
 
 
 def _evaluate(
-    session: Session, name: str, subject: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Evaluation:
+    session: Session, model: PreTrainedModel, processor: Any, reference: Mapping[str, Tensor]
+) -> tuple[Evaluation, dict[str, Tensor]]:
+    """What is measured, and what is to be kept of it. ``reference``: what was kept of the original."""
     settings = session.config.evaluation
-    perplexities = {}
+    size = settings.batch_size
+    perplexities: dict[str, float] = {}
+    subjects: dict[str, Subject] = {}
     for source in settings.texts:
         documents = load_documents(source, "held_out", text_field=settings.text_field)
-        result = perplexity(
-            model,
-            tokenizer,
-            documents.texts,
-            seq_len=settings.seq_len,
-            batch_size=settings.batch_size,
-            max_tokens=settings.max_tokens,
-        )
-        perplexities[source] = result.value
+        if is_causal_lm(model):
+            result = perplexity(
+                model,
+                _tokenizer(processor),
+                documents.texts,
+                seq_len=settings.seq_len,
+                batch_size=size,
+                max_tokens=settings.max_tokens,
+            )
+            perplexities[source] = result.value
+            continue
+        windows = pack_tokens(documents.texts, _tokenizer(processor), settings.seq_len, None, 0)
+        count = min(len(windows), max(1, (settings.max_tokens or windows.numel()) // settings.seq_len))
+        batches = token_batches(model, spread_windows(windows, count), size)
+        subjects[source] = Subject(model, processor, (), batches, size)
+    for source in settings.samples:
+        samples = load_samples(source, "held_out")
+        subjects[source] = Subject(model, processor, samples, sample_batches(model, processor, samples, size), size)
+    scores, kept = _measure(subjects, reference)
     tasks = {}
     if settings.tasks:
-        results = zero_shot(model, tokenizer, settings.tasks, limit=settings.limit, batch_size=4 * settings.batch_size)
+        results = zero_shot(model, _tokenizer(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
         tasks = {task: asdict(result) for task, result in results.items()}
-    evaluation = Evaluation(perplexities, tasks)
-    session.run.write_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject), asdict(evaluation))
-    return evaluation
+    return Evaluation(perplexities, tasks, scores), kept
+
+
+def _measure(
+    subjects: Mapping[str, Subject], reference: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Score]], dict[str, Tensor]]:
+    """Scores by source, and tensors to keep, named SOURCE/METRIC/NAME."""
+    scores: dict[str, list[Score]] = {}
+    kept: dict[str, Tensor] = {}
+    for source, subject in subjects.items():
+        metrics = fitting_metrics(subject)
+        if not metrics:
+            logger.warning("%s: no metric fits %s on it", source, type(subject.model).__name__)
+        scores[source] = []
+        for metric in metrics:
+            prefix = f"{source}/{metric.name}/"
+            known = {name.removeprefix(prefix): value for name, value in reference.items() if name.startswith(prefix)}
+            found = metric.measure(replace(subject, reference=known))
+            scores[source] += found.scores
+            kept |= {prefix + name: value for name, value in found.kept.items()}
+    return scores, kept
 
 
 @dataclass(frozen=True)

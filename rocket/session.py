@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
@@ -30,7 +31,7 @@ class Session:
         self.forms = select_forms(config.profiling.forms)
         self.budget = Budget.from_config(config.compression)
         select_allocator(config.allocation.method)
-        for source in (config.calib.source, *config.evaluation.texts):
+        for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples):
             check_source(source)
         identity = {
             "model": config.model.path,
@@ -47,7 +48,7 @@ class Session:
         self.run.close()
 
     @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def loaded(self) -> tuple[PreTrainedModel, Any]:
         with self.stage("load model"):
             model, tokenizer = load_model(self.config.model)
             unstack_experts(model)
@@ -56,10 +57,6 @@ class Session:
     @property
     def model(self) -> PreTrainedModel:
         return self.loaded[0]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.loaded[1]
 
     @cached_property
     def layers(self) -> dict[str, LinearLayer]:
@@ -96,7 +93,7 @@ class Session:
         return fingerprint(
             subject=subject,
             evaluation=settings.model_dump(exclude={"batch_size"}),
-            sources=[source_stamp(source) for source in settings.texts],
+            sources=[source_stamp(source) for source in (*settings.texts, *settings.samples)],
         )
 
     @property

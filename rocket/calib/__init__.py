@@ -1,6 +1,6 @@
 """What the layers of a model see: Gram matrices of their inputs (forward) and loss sensitivities (one backward)."""
 
-from rocket.calib.calibrate import SENSITIVITY_BATCH, batches_of, calibrate
+from rocket.calib.calibrate import SENSITIVITY_BATCH, calibrate
 from rocket.calib.collect import Calibration, collect_grams
 from rocket.calib.gram import pack_triangle, unpack_triangle
 from rocket.calib.sensitivity import measure_sensitivities
@@ -8,7 +8,6 @@ from rocket.calib.sensitivity import measure_sensitivities
 __all__ = [
     "SENSITIVITY_BATCH",
     "Calibration",
-    "batches_of",
     "calibrate",
     "collect_grams",
     "measure_sensitivities",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from rocket.calib.experts import fill_experts
 from rocket.calib.gram import GramAccumulator
+from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.models import LinearLayer, block_of, find_blocks
-
-Batch = Mapping[str, Tensor]
+from rocket.models import Batch, LinearLayer, block_of, find_blocks, run_forward
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,11 @@ class Calibration:
         """Those of the layers that calibration reached."""
         return {name: layer for name, layer in layers.items() if name in self.inputs}
 
+    def with_sensitivities(self, sensitivities: Mapping[str, Tensor]) -> Calibration:
+        """The same for those of the layers whose sensitivities are known."""
+        inputs = {name: leader for name, leader in self.inputs.items() if name in sensitivities}
+        return replace(self, inputs=inputs, sensitivities=sensitivities)
+
     def problem(self, layer: str, weight: Tensor, settings: ProfilingConfig) -> LayerProblem:
         """The layer's weight [out, in] with what calibration knows of it, on the weight's device.
 
@@ -61,7 +65,7 @@ class Calibration:
 def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Batch]) -> Calibration:
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
-    Positions where a batch's ``attention_mask`` is 0 are left out. Layers that read the same tensor share one Gram;
+    Padded positions (`Positions`) are left out. Layers that read the same tensor share one Gram;
     this is seen at run time, by identity. What few tokens do not tell of an expert, its siblings do (`fill_experts`).
     Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
     token) are left out with a warning: nothing is known of them, so they stay as they are.
@@ -69,11 +73,11 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
     Memory: in² float64 and in² float32 for each distinct input, on the device of the layer. Raises RocketError naming
     layer and batch when activations are not finite, and when no layer is reached at all.
     """
-    collector = _Collector(layers, find_blocks(model))
+    collector = _Collector(model, layers)
     with collector, torch.inference_mode():
         for number, batch in enumerate(batches):
             collector.start_batch(number, batch)
-            model(**_on_device(model, batch), use_cache=False)
+            run_forward(model, batch)
     accumulators = collector.accumulators
     inputs = collector.reached()
     grams = {name: accumulator.gram() for name, accumulator in accumulators.items()}
@@ -89,25 +93,28 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
     return Calibration({name: inputs[name] for name in layers if name in inputs}, grams, tokens)
 
 
-def _on_device(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
-
-
 class _Collector:
     """Hooks on layers (to see inputs) and on blocks (to forget which tensors were seen)."""
 
-    def __init__(self, layers: Mapping[str, LinearLayer], blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: Any, layers: Mapping[str, LinearLayer]) -> None:
+        blocks = find_blocks(model)
+        self.model = model
         self.layers = layers
         self.blocks = {name: blocks[name] for name in {block_of(layer, list(blocks)) for layer in layers}}
         self.leaders: dict[str, str] = {}
         self.accumulators: dict[str, GramAccumulator] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
-        self._token_mask: Tensor | None = None
+        self._decoder = decoder_name(model)
+        self._of_media = layers_of_media(model, layers)
+        self._positions: Positions | None = None
+        self._encoded: Tensor | None = None
         self._batch = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Collector:
+        if self._decoder is not None and hasattr(self.model, "get_encoder"):
+            encoder = self.model.get_encoder()
+            self._handles.append(encoder.register_forward_hook(lambda _, __, output: self._note_encoded(output[0])))
         for block in self.blocks.values():
             self._handles.append(block.register_forward_pre_hook(lambda *_: self._seen.clear()))
         for name, layer in self.layers.items():
@@ -116,13 +123,16 @@ class _Collector:
 
     def __exit__(self, *_: object) -> None:
         self._seen.clear()
+        self._encoded = None
         for handle in self._handles:
             handle.remove()
 
     def start_batch(self, number: int, batch: Batch) -> None:
         self._batch = number
-        mask = batch.get("attention_mask")
-        self._token_mask = None if mask is None or bool(mask.all()) else mask.bool()
+        self._positions = Positions(self.model, batch)
+
+    def _note_encoded(self, encoded: Tensor) -> None:
+        self._encoded = encoded
 
     def reached(self) -> dict[str, str]:
         """The leader of each layer that saw a token."""
@@ -141,7 +151,7 @@ class _Collector:
             )
         if leader != name:
             return
-        tokens = self._select(inputs)
+        tokens = self._select(name, inputs)
         if name not in self.accumulators:
             self.accumulators[name] = GramAccumulator(tokens.shape[1], tokens.device)
         try:
@@ -153,14 +163,12 @@ class _Collector:
                 f"{tokens.shape[1]} input features; use model.dtype=float32 or look for NaN weights"
             ) from None
 
-    def _select(self, inputs: Tensor) -> Tensor:
-        """Tokens [n, in] of an input [..., in], without the padded positions where the shape tells which they are."""
-        mask = self._token_mask
-        if mask is None:
+    def _select(self, name: str, inputs: Tensor) -> Tensor:
+        """Tokens [n, in] of an input [..., in] at positions that count.
+
+        A decoder's layers follow its own positions, but those that read the encoder's output the encoder's.
+        """
+        if self._positions is None or name in self._of_media:
             return inputs.reshape(-1, inputs.shape[-1])
-        mask = mask.to(inputs.device)
-        if inputs.shape[:-1] == mask.shape:
-            return inputs[mask]
-        if inputs.shape[:-1] == (mask.numel(),):
-            return inputs[mask.flatten()]
-        return inputs.reshape(-1, inputs.shape[-1])
+        in_decoder = self._decoder is not None and name.startswith(f"{self._decoder}.")
+        return self._positions.select(inputs, in_decoder and inputs is not self._encoded)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
 from rocket.models import make_linear, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
-    """Save as a Hugging Face directory, then reopen it and compare every tensor bit by bit.
+def save_checkpoint(model: PreTrainedModel, processor: Any, directory: Path) -> None:
+    """Save as a Hugging Face directory, with the processor (None: without), reopen it and compare every tensor.
 
     Raises RocketError if what comes back differs: a checkpoint that would not survive its reader is no checkpoint.
     """
     model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    if processor is not None:
+        processor.save_pretrained(directory)
     reopened = type(model).from_pretrained(directory, dtype=model.dtype)
     _compare(model.state_dict(), reopened.state_dict(), directory)
 

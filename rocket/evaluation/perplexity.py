@@ -69,7 +69,7 @@ def perplexity(
             f"the evaluation text has {usable} tokens, fewer than one window of seq_len {seq_len}; "
             "give more text, raise max_tokens or lower seq_len"
         )
-    windows = _spread(tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len), count)
+    windows = spread_windows(tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len), count)
 
     window_losses = window_losses_of(model, track(windows.split(batch_size), "perplexity"))
     loss = window_losses.mean().item()
@@ -87,7 +87,7 @@ def window_losses_of(model: Any, batches: Iterable[torch.Tensor]) -> torch.Tenso
     return torch.cat(losses)
 
 
-def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+def spread_windows(windows: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` of the windows [n, seq_len] at even distances, the middle one of each stretch."""
     stretch = len(windows) / count
     return windows[[int((index + 0.5) * stretch) for index in range(count)]]

@@ -1,5 +1,6 @@
-"""All that knows transformers: load a model, find its blocks and the layers to compress."""
+"""All that knows transformers: load a model, make its inputs, find its blocks and the layers to compress."""
 
+from rocket.models.auto import auto_class, open_model, open_processor
 from rocket.models.expert_linears import ExpertLinears
 from rocket.models.experts import (
     expert_layouts,
@@ -8,30 +9,59 @@ from rocket.models.experts import (
     unstack_experts,
     unstacked_experts,
 )
+from rocket.models.inputs import (
+    Batch,
+    first_batches,
+    forward_arguments,
+    is_causal_lm,
+    is_encoder_decoder,
+    labels_of,
+    run_forward,
+    sample_batches,
+    takes_media,
+    takes_text_alone,
+    token_batches,
+    without_cache,
+)
 from rocket.models.linear import LinearLayer, features_of, is_linear, make_linear, weight_of
-from rocket.models.load import identify_model, load_model, locate, refuse_quantized, resolve_device
+from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
 from rocket.models.mode import evaluation_mode
 from rocket.models.structure import block_of, find_blocks, target_layers
 
 __all__ = [
+    "Batch",
     "ExpertLinears",
     "LinearLayer",
+    "auto_class",
     "block_of",
     "evaluation_mode",
     "expert_layouts",
     "features_of",
     "find_blocks",
+    "first_batches",
+    "forward_arguments",
     "identify_model",
+    "is_causal_lm",
+    "is_encoder_decoder",
     "is_linear",
+    "labels_of",
     "load_model",
-    "locate",
     "make_linear",
+    "open_checkpoint",
+    "open_model",
+    "open_processor",
     "refuse_quantized",
     "resolve_device",
     "restack_experts",
+    "run_forward",
+    "sample_batches",
+    "takes_media",
+    "takes_text_alone",
     "target_layers",
+    "token_batches",
     "unstack_as",
     "unstack_experts",
     "unstacked_experts",
     "weight_of",
+    "without_cache",
 ]

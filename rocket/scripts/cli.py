@@ -103,6 +103,10 @@ def measured_rows(original: Evaluation, compressed: Evaluation) -> list[tuple[st
         (f"perplexity, {text}", f"{value:.2f}", f"{compressed.perplexities[text]:.2f}")
         for text, value in original.perplexities.items()
     ]
+    for source, compressed_scores in compressed.scores.items():
+        before = {score.name: str(score) for score in original.scores.get(source, ())}
+        after = {score.name: str(score) for score in compressed_scores}
+        rows += [(f"{name}, {source}", before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
     for task, result in original.accuracies.items():
         other = compressed.accuracies[task]
         rows.append(

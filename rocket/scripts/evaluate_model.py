@@ -9,7 +9,7 @@ from rocket.scripts.cli import ConfigOption, SetOption, console, entry_point, me
 
 
 def evaluate(config: ConfigOption = None, set_: SetOption = None) -> None:
-    """Perplexity and zero-shot accuracy of the original beside the compressed model."""
+    """The original beside the compressed model: perplexity, zero-shot accuracy, or what fits the kind of model."""
     original, compressed = run(pipeline.evaluate_models, config, set_)
     table = Table("", "original", "compressed")
     for row in measured_rows(original, compressed):

@@ -7,7 +7,6 @@ from torch import nn
 
 from rocket.calib import collect_grams, measure_sensitivities
 from rocket.calib.experts import expert_lists, fill_up, split_number
-from rocket.config.errors import RocketError
 from rocket.models import target_layers
 
 
@@ -159,8 +158,8 @@ def test_sensitivities_of_experts(ids):
             np.testing.assert_allclose(measured[name], expected, rtol=1e-4)
 
 
-def test_an_unreached_layer_that_is_no_expert_is_still_an_error(ids):
+def test_an_unreached_layer_that_is_no_expert_is_left_out(ids):
     model = Mixture(0.5, 0.5)
     layers = {**target_layers(model), "blocks.0.unused": nn.Linear(4, 4)}
-    with pytest.raises(RocketError, match=r"blocks\.0\.unused: no gradient reached this layer"):
-        measure_sensitivities(model, layers, [{"input_ids": ids}])
+    measured = measure_sensitivities(model, layers, [{"input_ids": ids}])
+    assert measured.keys() == target_layers(model).keys()

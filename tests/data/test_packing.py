@@ -59,7 +59,8 @@ def test_only_as_many_documents_are_tokenised_as_the_samples_need(make_tokenizer
         tokenised.append(text)
         return tokenizer(text, **options)
 
-    counting.eos_token_id, counting.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    for name in ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
+        setattr(counting, name, getattr(tokenizer, name))
     assert pack_tokens([words(0, 32)] * 1000, counting, 8, 2, seed=0).shape == (2, 8)
     # 2 samples of 8 tokens, sixteen times over: 256 tokens, eight documents; and one look for a leading token.
     assert packing.OVERSAMPLING == 16

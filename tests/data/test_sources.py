@@ -33,7 +33,7 @@ def test_did_you_mean_a_file(write):
 
 
 def test_empty_source():
-    with pytest.raises(RocketError, match="no such text source"):
+    with pytest.raises(RocketError, match="no such source"):
         load_documents("", "all")
 
 

@@ -9,7 +9,8 @@ import torch
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import ModelConfig
-from rocket.models import identify_model, load_model, locate, resolve_device
+from rocket.models import identify_model, load_model, resolve_device
+from rocket.models.load import locate
 
 
 def config(path: object, **fields: object) -> ModelConfig:
@@ -95,7 +96,7 @@ def test_weights_of_another_shape(model_dir):
 
 def test_no_tokenizer(tmp_path, make_model):
     make_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(RocketError, match="is no model that can be opened"):
+    with pytest.raises(RocketError, match="brings no tokenizer or processor that LlamaForCausalLM could be fed by"):
         load_model(config(tmp_path))
 
 

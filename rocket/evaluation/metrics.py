@@ -1,0 +1,115 @@
+"""What is measured of a model on a source: the metrics that fit the model's kind and what the samples hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rocket.data import Sample
+from rocket.evaluation.perplexity import evaluating
+from rocket.models import Batch, forward_arguments, is_causal_lm, is_encoder_decoder, labels_of, run_forward
+from rocket.models.inputs import IGNORED
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the inputs that it is measured on.
+
+    ``samples`` are in the order of the rows of ``batches``; empty where those are windows of text. ``reference`` holds
+    what the metric kept of the original model on the same inputs; it is empty for the original itself.
+    """
+
+    model: Any
+    processor: Any
+    samples: Sequence[Sample]
+    batches: Sequence[Batch]
+    batch_size: int
+    reference: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number for the final table, by the name that it has there, with its 95 % interval where one is known."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.value:.4g}{interval}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a metric found. ``kept``: of the original, what the compressed model is compared with."""
+
+    scores: Sequence[Score]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to measure. ``fits`` tells of a subject whether it can be measured so, without running the model."""
+
+    name: str
+    fits: Callable[[Subject], bool]
+    measure: Callable[[Subject], Measurement]
+
+
+def _writes(subject: Subject) -> bool:
+    learns = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
+    return learns and labels_of(subject.model, subject.batches[0]) is not None
+
+
+def _perplexity(subject: Subject) -> Measurement:
+    """exp of the mean loss of the labels: of an answer given its image, of a text's second half given its first."""
+    loss, count = 0.0, 0
+    with evaluating(subject.model):
+        for batch in subject.batches:
+            logits = run_forward(subject.model, batch).logits
+            labels = labels_of(subject.model, batch)
+            assert labels is not None
+            if is_causal_lm(subject.model):
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            targets = labels.flatten().to(logits.device)
+            losses = F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none", ignore_index=IGNORED)
+            loss += float(losses.double().sum())
+            count += int((labels != IGNORED).sum())
+    mean = loss / max(count, 1)
+    return Measurement([Score("perplexity", math.inf if mean > 700 else math.exp(mean))])
+
+
+def _classifies(subject: Subject) -> bool:
+    sequences = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
+    labelled = bool(subject.samples) and all(sample.label is not None for sample in subject.samples)
+    return labelled and not sequences and "labels" in forward_arguments(subject.model)
+
+
+def _accuracy(subject: Subject) -> Measurement:
+    """Share of the samples whose class has the highest score, in per cent, with its normal interval."""
+    with evaluating(subject.model):
+        scores = torch.cat([run_forward(subject.model, batch).logits.cpu() for batch in subject.batches])
+    labels = torch.tensor([sample.label for sample in subject.samples])
+    right = float((scores.argmax(-1) == labels).double().mean())
+    margin = 1.96 * math.sqrt(right * (1 - right) / len(labels))
+    bounds = 100 * max(0.0, right - margin), 100 * min(1.0, right + margin)
+    return Measurement([Score(f"accuracy ({len(labels)} samples), %", 100 * right, *bounds)])
+
+
+METRICS = (
+    Metric("perplexity", _writes, _perplexity),
+    Metric("accuracy", _classifies, _accuracy),
+)
+
+
+def fitting_metrics(subject: Subject) -> list[Metric]:
+    """Every metric that a subject can be measured by."""
+    return [metric for metric in METRICS if metric.fits(subject)]

@@ -1,0 +1,245 @@
+"""From token windows and samples to batches: the keyword arguments of a model's forward, by what it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rocket.config.errors import RocketError
+from rocket.data import Sample
+from rocket.data.samples import SAMPLING_RATE
+
+Batch = Mapping[str, Tensor]
+IGNORED = -100
+AUDIO_INPUTS = ("input_features", "input_values")
+MEDIA_INPUTS = ("pixel_values", *AUDIO_INPUTS)
+
+
+def forward_arguments(model: nn.Module) -> frozenset[str]:
+    """The names of the arguments of a model's forward."""
+    return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model reads one sequence and writes another (T5, BART, Whisper)."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model predicts each token of its input from those before it, images beside them or not."""
+    can_generate: Callable[[], bool] | None = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate() and not is_encoder_decoder(model)
+
+
+def takes_media(model: nn.Module) -> bool:
+    """Whether a model takes images or audio, with text or without."""
+    return not forward_arguments(model).isdisjoint(MEDIA_INPUTS)
+
+
+def takes_text_alone(model: nn.Module) -> bool:
+    """Whether a model can read text without images or audio: CLIP, for one, wants both."""
+    return "input_ids" in forward_arguments(model) and (not takes_media(model) or is_causal_lm(model))
+
+
+def run_forward(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch, on its device and in its type, without a cache.
+
+    ``labels`` are passed on where the decoder's input is made from them, and nowhere else.
+    """
+    parameter = next(model.parameters())
+    arguments: dict[str, Any] = {
+        name: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
+        for name, tensor in batch.items()
+        if name != "labels" or is_encoder_decoder(model)
+    }
+    if "use_cache" in forward_arguments(model):
+        arguments["use_cache"] = False
+    with without_cache(model):
+        return model(**arguments)
+
+
+def without_cache(model: nn.Module) -> AbstractContextManager[object]:
+    """While it lasts, no part of a model keeps keys and values: not all models take ``use_cache`` as an argument."""
+    stack = ExitStack()
+    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    for config in configs.values():
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+            stack.callback(setattr, config, "use_cache", True)
+    return stack
+
+
+def labels_of(model: nn.Module, batch: Batch) -> Tensor | None:
+    """The labels of a batch, `IGNORED` where there is none; None if the model has nothing to learn from it.
+
+    Those of the batch, or else, for a causal language model, its ``input_ids`` without padding and placeholders.
+    """
+    if "labels" in batch or not is_causal_lm(model) or "input_ids" not in batch:
+        return batch.get("labels")
+    ids = batch["input_ids"]
+    hidden = _placeholders(model, ids)
+    if batch.get("attention_mask") is not None:
+        hidden |= batch["attention_mask"] == 0
+    return ids.masked_fill(hidden, IGNORED)
+
+
+def _placeholders(model: nn.Module, ids: Tensor) -> Tensor:
+    """True where a token stands for a piece of an image, a video or audio."""
+    config = getattr(model, "config", None)
+    names = [f"{medium}_token_{end}" for medium in ("image", "video", "audio") for end in ("id", "index")]
+    known = {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    return torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype, device=ids.device))
+
+
+def token_batches(model: nn.Module, tokens: Tensor, batch_size: int) -> list[Batch]:
+    """Batches of windows of tokens [n, seq_len], none of them padding.
+
+    An encoder-decoder model reads a window's first half and learns to write its second.
+    """
+    if not takes_text_alone(model):
+        raise RocketError(
+            f"{type(model).__name__} reads no text alone; give it samples of what it takes (a folder of images or "
+            "audio, or a .jsonl file that names them)"
+        )
+    if not is_encoder_decoder(model):
+        return [{"input_ids": ids} for ids in tokens.split(batch_size)]
+    written = "labels" if "labels" in forward_arguments(model) else "decoder_input_ids"
+    halves = tokens[:, : tokens.shape[1] // 2 * 2].chunk(2, dim=1)
+    read, answer = (half.contiguous().split(batch_size) for half in halves)
+    return [{"input_ids": ids, written: labels} for ids, labels in zip(read, answer, strict=True)]
+
+
+def first_batches(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
+    """The first of some batches that hold at least so many samples together; None: all."""
+    chosen: list[Batch] = []
+    held = 0
+    for batch in batches:
+        if samples is not None and held >= samples:
+            break
+        chosen.append(batch)
+        # Vision-language models may stack the pieces of all images in pixel_values: ids tell the samples.
+        held += len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+    return chosen
+
+
+def sample_batches(model: nn.Module, processor: Any, samples: Sequence[Sample], batch_size: int) -> list[Batch]:
+    """Batches of samples, made by the model's own processor.
+
+    - speech: features of the audio; the transcript is the labels of an encoder-decoder model
+    - images: pixels
+    - image and text (CLIP): pixels, and tokens padded to one length
+    - image and text (a vision-language model): the chat of an image answered by the text, labels what follows the image
+
+    Raises RocketError if the model does not take what the samples hold, or the processor cannot make it.
+    """
+    make = _batch_maker(model, processor, samples)
+    known = forward_arguments(model) | {"labels"}
+    batches: list[Batch] = []
+    for start in range(0, len(samples), batch_size):
+        made = make(samples[start : start + batch_size])
+        batches.append({name: value for name, value in made.items() if name in known and isinstance(value, Tensor)})
+    return batches
+
+
+def _batch_maker(
+    model: nn.Module, processor: Any, samples: Sequence[Sample]
+) -> Callable[[Sequence[Sample]], dict[str, Any]]:
+    name, takes = type(model).__name__, forward_arguments(model)
+    has = {field: all(getattr(sample, field) is not None for sample in samples) for field in ("audio", "image", "text")}
+    if has["audio"] and not takes.isdisjoint(AUDIO_INPUTS):
+        return lambda part: _speech(model, processor, part)
+    if has["image"] and "pixel_values" in takes:
+        if is_encoder_decoder(model) or "input_ids" not in takes:
+            return lambda part: _images(model, processor, part)
+        if not has["text"]:
+            raise RocketError(f"{name} reads images with text, and some of these samples have no text")
+        if is_causal_lm(model):
+            return lambda part: _dialogues(model, processor, part)
+        return lambda part: _pairs(processor, part)
+    held = " and ".join(field for field, present in has.items() if present) or "nothing that all have in common"
+    raise RocketError(f"{name} takes {', '.join(_inputs(takes))}; the samples hold {held}")
+
+
+def _inputs(takes: frozenset[str]) -> list[str]:
+    words = {"input_ids": "text", "pixel_values": "images", "input_features": "speech", "input_values": "speech"}
+    return sorted({words[name] for name in takes if name in words})
+
+
+def _part(processor: Any, *names: str) -> Any:
+    """The tokenizer, image processor or feature extractor of a processor, or the processor itself if it is that."""
+    return next((part for name in names if (part := getattr(processor, name, None)) is not None), processor)
+
+
+def _speech(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+    extractor = _part(processor, "feature_extractor")
+    arguments = inspect.signature(extractor.__call__).parameters
+    # Whisper reads 30 s, and its extractor pads to them by itself; others pad only when told, or always to one length.
+    padding = {"padding": arguments["padding"].default or True} if "padding" in arguments else {}
+    audio = [sample.audio for sample in samples]
+    batch = dict(extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt", **padding))
+    if is_encoder_decoder(model):
+        batch["labels"] = _written(model, processor, samples)
+    return batch
+
+
+def _images(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+    make = _part(processor, "image_processor")
+    batch = dict(make(images=[sample.image for sample in samples], return_tensors="pt"))
+    if is_encoder_decoder(model):
+        batch["labels"] = _written(model, processor, samples)
+    return batch
+
+
+def _written(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> Tensor:
+    """Labels [n, tokens] that an encoder-decoder model is to write, without the token that its decoder starts with."""
+    tokenizer = _part(processor, "tokenizer")
+    if any(sample.text is None for sample in samples):
+        raise RocketError(f"{type(model).__name__} writes text, and some of these samples have none (no transcript)")
+    made = tokenizer([sample.text for sample in samples], padding=True, return_tensors="pt")
+    labels: Tensor = made["input_ids"].masked_fill(made["attention_mask"] == 0, IGNORED)
+    config: Any = model.config
+    starts = bool((labels[:, 0] == config.decoder_start_token_id).all())
+    return labels[:, 1:] if starts else labels
+
+
+def _pairs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+    # A text model that is given no mask (SigLIP) was trained on texts padded to its full length.
+    masked = "attention_mask" in _part(processor, "tokenizer").model_input_names
+    return dict(
+        processor(
+            images=[sample.image for sample in samples],
+            text=[sample.text for sample in samples],
+            padding=True if masked else "max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+    )
+
+
+def _dialogues(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+    texts = [_dialogue(processor, sample.text or "") for sample in samples]
+    images = [[sample.image] for sample in samples]
+    batch = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+    labels = labels_of(model, batch)
+    assert labels is not None
+    # What comes before and among the pieces of the image is the prompt's frame: system text, rows and columns.
+    still_to_come = _placeholders(model, batch["input_ids"]).flip(1).cumsum(1).flip(1) > 0
+    return {**batch, "labels": labels.masked_fill(still_to_come, IGNORED)}
+
+
+def _dialogue(processor: Any, text: str) -> str:
+    """What a vision-language model reads: an image, answered by the text."""
+    if getattr(processor, "chat_template", None):
+        question = {"role": "user", "content": [{"type": "image"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        dialogue: str = processor.apply_chat_template([question, answer])
+        return dialogue
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise RocketError(f"{type(processor).__name__} has neither a chat template nor an image token; it needs one")
+    return f"{token}{text}"

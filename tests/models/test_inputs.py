@@ -1,0 +1,213 @@
+"""From windows and samples to what a model's forward takes."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+from rocket.config.errors import RocketError
+from rocket.data import Sample
+from rocket.models import (
+    first_batches,
+    labels_of,
+    run_forward,
+    sample_batches,
+    takes_media,
+    takes_text_alone,
+    token_batches,
+    without_cache,
+)
+
+WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+VISION = {**WIDTHS, "image_size": 16, "patch_size": 8}
+TEXT = {**WIDTHS, "vocab_size": 260, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+SIDES = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
+HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer(byte_tokenizer) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with a placeholder for images, number 257."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(byte_tokenizer.backend_tokenizer).from_str(byte_tokenizer.backend_tokenizer.to_str()),
+        eos_token="<eos>",
+        pad_token="<eos>",
+    )
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+def sound(seconds: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=int(16_000 * seconds)).astype(np.float32)
+
+
+def clip_images() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+def tiny_whisper():
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 5}
+    config = {**SIDES, **HEADS, "vocab_size": 260, "num_mel_bins": 8, **ids}
+    return WhisperForConditionalGeneration(WhisperConfig(**config, max_source_positions=50, max_target_positions=32))
+
+
+def tiny_llava():
+    vision = {"model_type": "clip_vision_model", **VISION, "num_hidden_layers": 2}
+    text = {"model_type": "llama", **TEXT}
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=257))
+
+
+def test_windows_of_text(make_model, token_ids):
+    (first, second) = token_batches(make_model("llama"), token_ids, 10)
+    assert first.keys() == {"input_ids"}
+    assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]]), token_ids)
+
+
+def test_windows_are_halved_for_an_encoder_decoder(token_ids):
+    model = BartForConditionalGeneration(BartConfig(vocab_size=260, **SIDES, **HEADS))
+    (batch,) = token_batches(model, token_ids, 16)
+    assert torch.equal(torch.cat([batch["input_ids"], batch["labels"]], dim=1), token_ids)
+    assert run_forward(model, batch).logits.shape == (16, 16, 260)
+
+
+def test_images(byte_tokenizer):
+    model = ViTModel(ViTConfig(**VISION)).to(torch.bfloat16)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    batches = sample_batches(model, processor, [Sample(image=picture(seed)) for seed in range(5)], 2)
+    assert [batch["pixel_values"].shape[0] for batch in batches] == [2, 2, 1]
+    assert run_forward(model, batches[0]).last_hidden_state.dtype == torch.bfloat16
+    assert takes_media(model)
+    assert not takes_text_alone(model)
+    with pytest.raises(RocketError, match="ViTModel reads no text alone; give it samples of what it takes"):
+        token_batches(model, torch.zeros(2, 8, dtype=torch.int64), 1)
+    with pytest.raises(RocketError, match="ViTModel takes images; the samples hold text"):
+        sample_batches(model, processor, [Sample(text="words")], 1)
+
+
+def test_speech_for_an_encoder_decoder(byte_tokenizer):
+    model = tiny_whisper()
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    processor = SimpleNamespace(feature_extractor=extractor, tokenizer=byte_tokenizer)
+    samples = [Sample(text="a river", audio=sound(0.5, 0)), Sample(text="rain", audio=sound(0.9, 1))]
+    (batch,) = sample_batches(model, processor, samples, 2)
+    assert batch["input_features"].shape == (2, 8, 100)
+    labels = batch["labels"]
+    assert labels.shape == (2, 7)
+    assert byte_tokenizer.decode(labels[1, :4]) == "rain"
+    assert (labels[1, 4:] == -100).all()
+    assert run_forward(model, batch).logits.shape == (2, 7, 260)
+    with pytest.raises(RocketError, match="writes text, and some of these samples have none"):
+        sample_batches(model, processor, [Sample(audio=sound(0.5, 0))], 1)
+
+
+def test_the_token_that_a_decoder_starts_with_is_no_label(byte_tokenizer):
+    model = tiny_whisper()
+    model.config.decoder_start_token_id = byte_tokenizer("r")["input_ids"][0]
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    processor = SimpleNamespace(feature_extractor=extractor, tokenizer=byte_tokenizer)
+    (batch,) = sample_batches(model, processor, [Sample(text=text, audio=sound(1, 0)) for text in ("rain", "river")], 2)
+    assert byte_tokenizer.decode(batch["labels"][1]) == "iver"
+
+
+def test_speech_for_an_encoder():
+    convolutions = {"conv_dim": (16,), "conv_kernel": (10,), "conv_stride": (5,), "num_feat_extract_layers": 1}
+    model = Wav2Vec2Model(Wav2Vec2Config(**WIDTHS, **convolutions, num_conv_pos_embedding_groups=4))
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    samples = [Sample(audio=sound(0.05, 0)), Sample(text="x", audio=sound(0.1, 1))]
+    (batch,) = sample_batches(model, extractor, samples, 2)
+    assert batch.keys() == {"input_values", "attention_mask"}
+    assert batch["attention_mask"].sum(dim=1).tolist() == [800, 1600]
+
+
+def test_pairs_of_image_and_text(image_tokenizer):
+    text = {**TEXT, "eos_token_id": 0}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8))
+
+    def processor(images, text, **options):
+        return {**clip_images()(images, return_tensors="pt"), **image_tokenizer(text, **options)}
+
+    processor.tokenizer = image_tokenizer
+    samples = [Sample(text=text, image=picture(0)) for text in ("a stone house", "rain")]
+    (batch,) = sample_batches(model, processor, samples, 2)
+    assert batch.keys() == {"pixel_values", "input_ids", "attention_mask"}
+    assert run_forward(model, batch).image_embeds.shape == (2, 8)
+    with pytest.raises(RocketError, match="CLIPModel reads images with text, and some of these samples have no text"):
+        sample_batches(model, processor, [*samples, Sample(image=picture(1))], 2)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, f"you see: {TEMPLATE}"])
+def test_images_answered_by_text(image_tokenizer, template):
+    model = tiny_llava()
+    processor = LlavaProcessor(
+        image_processor=clip_images(),
+        tokenizer=image_tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    samples = [Sample(text=text, image=picture(seed)) for seed, text in enumerate(("two herons", "rain"))]
+    (batch,) = sample_batches(model, processor, samples, 2)
+    ids, labels = batch["input_ids"], batch["labels"]
+    assert (ids == 257).sum(dim=1).tolist() == [4, 4]
+    assert [image_tokenizer.decode(row[row != -100]) for row in labels] == ["two herons", "rain"]
+    assert run_forward(model, batch).logits.shape[:2] == ids.shape
+    without = {key: value for key, value in batch.items() if key != "labels"}
+    everything = ids.masked_fill((ids == 257) | (batch["attention_mask"] == 0), -100)
+    assert torch.equal(labels_of(model, without), everything)
+
+
+def test_labels_of_a_batch(make_model, token_ids):
+    model = make_model("llama")
+    assert torch.equal(labels_of(model, {"input_ids": token_ids}), token_ids)
+    assert labels_of(ViTModel(ViTConfig(**VISION)), {"pixel_values": torch.zeros(1, 3, 16, 16)}) is None
+    given = token_ids.clone()
+    assert labels_of(model, {"input_ids": token_ids, "labels": given}) is given
+
+
+def test_first_batches():
+    batches = [{"input_ids": torch.zeros(3, 4)} for _ in range(4)]
+    assert [len(first_batches(batches, count)) for count in (1, 3, 4, 100, None)] == [1, 1, 2, 4, 4]
+
+
+def test_caches_are_off_for_a_while(make_model):
+    model: AutoModelForCausalLM = make_model("llama")
+    assert model.config.use_cache
+    with without_cache(model):
+        assert not model.config.use_cache
+    assert model.config.use_cache

@@ -21,6 +21,7 @@ from rocket.models import (
     sample_batches,
     target_layers,
     token_batches,
+    unstacked_experts,
 )
 from rocket.profiling import profile_layers
 
@@ -51,14 +52,15 @@ def plan(
     refuse_quantized(type(model).__name__, model.config)
     material = _material(model, calibration, tokenizer if processor is None else processor, calib)
     forms = select_forms(profiling.forms)
-    layers = target_layers(model, targets, ignore)
-    with evaluation_mode(model):
+    with unstacked_experts(model), evaluation_mode(model):
+        layers = target_layers(model, targets, ignore)
         wanted = calib.sensitivity_samples if profiling.cost == "loss" else 0
         batches = material(None, calib.batch_size)
         statistics = calibrate(model, layers, batches, material(wanted, SENSITIVITY_BATCH) if wanted else ())
-    layers = statistics.known(layers)
-    profiles = profile_layers(layers, statistics, forms, profiling)
-    return Planner(profiles, measure_size(model, layers.values()), profiling, calibration=statistics)
+        layers = statistics.known(layers)
+        profiles = profile_layers(layers, statistics, forms, profiling)
+        size = measure_size(model, layers.values())
+    return Planner(profiles, size, profiling, calibration=statistics)
 
 
 def _material(

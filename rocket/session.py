@@ -15,7 +15,7 @@ from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
-from rocket.models import LinearLayer, identify_model, load_model, target_layers
+from rocket.models import LinearLayer, identify_model, load_model, target_layers, unstack_experts
 from rocket.run import RunDirectory, Usage, fingerprint, measure
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class Session:
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, Any]:
         with self.stage("load model"):
-            return load_model(self.config.model)
+            model, tokenizer = load_model(self.config.model)
+            unstack_experts(model)
+            return model, tokenizer
 
     @property
     def model(self) -> PreTrainedModel:

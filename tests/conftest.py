@@ -42,6 +42,9 @@ FAMILIES = {
     "olmo2": {**GATED, "tie_word_embeddings": False},
     "gpt2": {**SMALL, "n_inner": 72},
     "opt": {**SMALL, "ffn_dim": 72, "word_embed_proj_dim": 32},
+    "mixtral": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "granitemoe": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 

@@ -23,15 +23,19 @@ def test_the_readmes_lines(make_model, byte_tokenizer, texts, quick_settings, tm
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_planning_leaves_the_model_as_it_is(make_model, token_ids, quick_settings, training):
-    model = make_model("llama").train(training)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "mixtral"])
+def test_planning_leaves_the_model_as_it_is(make_model, token_ids, quick_settings, family, training):
+    model = make_model(family).train(training)
     model.model.embed_tokens.weight.requires_grad_(False)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flags = [parameter.requires_grad for parameter in model.parameters()]
+    parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    implementation = getattr(model.config, "_experts_implementation", None)
     calib, profiling = quick_settings
     rocket.plan(model, token_ids, calib=calib, profiling=profiling)
     assert model.training == training
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    after = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    assert after == parameters
+    assert getattr(model.config, "_experts_implementation", None) == implementation
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -73,6 +73,18 @@ def test_documented_reader_reads_shards(reader, compressed, tmp_path):
             torch.testing.assert_close(reader(str(tmp_path), name), module.dense_weight())
 
 
+def test_documented_reader_reads_experts(reader, make_model, token_ids, quick_settings, tmp_path):
+    calib, profiling = quick_settings
+    original = make_model("mixtral")
+    plan = rocket.plan(original, token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.5)
+    small = rocket.compress(original, plan)
+    small.save_pretrained(tmp_path)
+    experts = [name for name, option in plan.choices.items() if ".experts." in name and option.form != "dense"]
+    assert experts
+    for name in experts:
+        torch.testing.assert_close(reader(str(tmp_path), name), small.get_submodule(name).dense_weight())
+
+
 def test_documented_reader_refuses_other_versions(reader, compressed, tmp_path):
     compressed.save_pretrained(tmp_path)
     config = tmp_path / "config.json"

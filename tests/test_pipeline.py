@@ -59,7 +59,9 @@ def artifacts(path: Path) -> dict[str, int]:
     return {str(file.relative_to(root)): file.stat().st_mtime_ns for file in files}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "olmo2", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "olmo2", "opt", "gpt2", "mixtral", "gpt_oss"]
+)
 def test_families(write_config, family):
     path = write_config(family)
     summary = run(path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocket.calib.experts import fill_experts
 from rocket.calib.gram import GramAccumulator
 from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
@@ -65,9 +66,9 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
     Padded positions (`Positions`) are left out. Layers that read the same tensor share one Gram;
-    this is seen at run time, by identity. Layers that no batch reaches (experts that no token is routed to, weights
-    that their model uses without calling the layer) are left out with a warning: nothing is known of them, so they
-    stay as they are.
+    this is seen at run time, by identity. What few tokens do not tell of an expert, its siblings do (`fill_experts`).
+    Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
+    token) are left out with a warning: nothing is known of them, so they stay as they are.
 
     Memory: in² float64 and in² float32 for each distinct input, on the device of the layer. Raises RocketError naming
     layer and batch when activations are not finite, and when no layer is reached at all.
@@ -78,11 +79,18 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
             collector.start_batch(number, batch)
             run_forward(model, batch)
     accumulators = collector.accumulators
-    return Calibration(
-        inputs=collector.reached(),
-        grams={name: accumulator.gram() for name, accumulator in accumulators.items()},
-        tokens={name: accumulator.tokens for name, accumulator in accumulators.items()},
-    )
+    inputs = collector.reached()
+    grams = {name: accumulator.gram() for name, accumulator in accumulators.items()}
+    tokens = {name: accumulator.tokens for name, accumulator in accumulators.items()}
+    fill_experts(layers, list(find_blocks(model)), inputs, grams, tokens)
+    missing = [name for name in layers if name not in inputs]
+    if missing:
+        logger.warning(
+            "%s and %d other layers saw no calibration token and stay as they are; more calibration data may help",
+            missing[0],
+            len(missing) - 1,
+        )
+    return Calibration({name: inputs[name] for name in layers if name in inputs}, grams, tokens)
 
 
 class _Collector:
@@ -127,19 +135,14 @@ class _Collector:
         self._encoded = encoded
 
     def reached(self) -> dict[str, str]:
-        """The leader of each layer that saw a token, in the order of the layers."""
-        missing = [name for name in self.layers if name not in self.leaders]
-        if len(missing) == len(self.layers):
-            raise RocketError(f"{missing[0]}: no calibration token reached this layer, nor any other")
-        if missing:
-            logger.warning(
-                "%s and %d other layers saw no calibration token and stay as they are; more calibration data may help",
-                missing[0],
-                len(missing) - 1,
-            )
-        return {name: self.leaders[name] for name in self.layers if name in self.leaders}
+        """The leader of each layer that saw a token."""
+        if not self.leaders:
+            raise RocketError(f"{next(iter(self.layers))}: no calibration token reached this layer, nor any other")
+        return dict(self.leaders)
 
     def _see(self, name: str, inputs: Tensor) -> None:
+        if not inputs.numel():
+            return
         leader = self._seen.setdefault(id(inputs), (inputs, name))[1]
         if self.leaders.setdefault(name, leader) != leader:
             raise RocketError(

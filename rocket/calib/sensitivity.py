@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rocket.calib.experts import expert_lists, fill_up
 from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
 from rocket.models import Batch, LinearLayer, features_of, find_blocks, without_cache
 
 logger = logging.getLogger(__name__)
+
+EXPERT_TOKENS = 64
 
 
 def measure_sensitivities(
@@ -35,19 +38,26 @@ def measure_sensitivities(
     is right for layers that see more positions than there are labels (the encoder of an encoder-decoder) or fewer
     (an expert).
 
+    An expert that gradients reached at fewer than `EXPERT_TOKENS` tokens, where a mean of squares is known to about
+    √(2/64) = 18 %, is filled up to so many by the mean of its siblings.
+
     Layers that no gradient reaches are left out with a warning. Raises RocketError when it reaches none, or is not
     finite. ``seed`` is of the random signs and labels of models without labels.
     """
     sums = {name: torch.zeros(features_of(layer)[0], dtype=torch.float64) for name, layer in layers.items()}
+    tokens = dict.fromkeys(layers, 0)
     terms = 0.0
     generator = torch.Generator().manual_seed(seed)
-    with _gradients_of_outputs(model, layers, sums), without_cache(model), torch.enable_grad():
+    with _gradients_of_outputs(model, layers, sums, tokens), without_cache(model), torch.enable_grad():
         for batch in batches:
             value, count = objective(model, batch, generator)
             if value.requires_grad:
                 value.backward()
             terms += count
-    reached = {name: (total / max(terms, 1e-30)).float() for name, total in sums.items() if total.any()}
+    sensitivities = {name: (total / max(terms, 1e-30)).float() for name, total in sums.items()}
+    for experts in expert_lists(layers, tokens, list(find_blocks(model))):
+        sensitivities.update(fill_up(sensitivities, tokens, experts, EXPERT_TOKENS))
+    reached = {name: values for name, values in sensitivities.items() if values.any()}
     _check(reached, sums)
     return reached
 
@@ -72,16 +82,21 @@ def _check(reached: Mapping[str, Tensor], layers: Iterable[str]) -> None:
 
 @contextmanager
 def _gradients_of_outputs(
-    model: nn.Module, layers: Mapping[str, LinearLayer], sums: dict[str, Tensor]
+    model: nn.Module, layers: Mapping[str, LinearLayer], sums: dict[str, Tensor], tokens: dict[str, int]
 ) -> Iterator[None]:
-    """Hooks that add each output's squared gradient to ``sums``; frozen weights; blocks recomputed in the backward."""
+    """Hooks that add each output's squared gradient to ``sums`` and its positions to ``tokens``.
+
+    Weights are frozen, and blocks recomputed in the backward pass.
+    """
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     blocks = find_blocks(model)
     handles: list[Any] = []
     forwards: list[Any] = []
 
     def add(name: str, gradient: Tensor) -> None:
-        sums[name] += gradient.reshape(-1, gradient.shape[-1]).float().square().sum(dim=0).double().cpu()
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        sums[name] += gradient.float().square().sum(dim=0).double().cpu()
+        tokens[name] += len(gradient)
 
     def watch(name: str, output: Tensor) -> None:
         if output.requires_grad:

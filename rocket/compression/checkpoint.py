@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
-from rocket.models import make_linear
+from rocket.models import make_linear, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
 
 
@@ -41,6 +41,8 @@ def _compare(saved: Mapping[str, Tensor], reopened: Mapping[str, Tensor], direct
 def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     """The same model with every compressed layer multiplied out into a plain linear layer, as the original's.
 
+    Experts that the original stacks in one parameter are stacked again.
+
     For engines that know nothing of rocket. It takes the original's memory and disk again.
     """
     if not inplace:
@@ -49,6 +51,7 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _merged(module))
+    restack_experts(model)
     for attribute in ("hf_quantizer", "quantization_method", "_weight_conversions", "_checkpoint_conversion_mapping"):
         if attribute in vars(model):
             delattr(model, attribute)

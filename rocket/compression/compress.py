@@ -13,7 +13,7 @@ from rocket.calib import Calibration
 from rocket.config.errors import RocketError
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
-from rocket.models import LinearLayer, weight_of
+from rocket.models import ExpertLinears, LinearLayer, unstack_experts, weight_of
 from rocket.nn import LAYERS, CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 from rocket.run import track
@@ -25,13 +25,18 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
     """The compressed model: every layer as the plan says, ready for ``save_pretrained``.
 
     ``calibration`` is needed where the plan does not carry it (a plan read from a file). The model given stays as it
-    is unless ``inplace``. Raises RocketError when plan and model do not belong together.
+    is unless ``inplace``. Stacked experts that the plan names become layers of their own. Raises RocketError when plan
+    and model do not belong together.
     """
     calibration = calibration or plan.calibration
     if calibration is None:
         raise RocketError("this plan was read from a file; pass the calibration it was made with")
     if not inplace:
         model = copy.deepcopy(model)
+    unstack_experts(model, plan.choices)
+    for module in model.modules():
+        if isinstance(module, ExpertLinears):
+            module.own_weights()
     specs: dict[str, LayerSpec] = {}
     for name, option in track(plan.choices.items(), "compress layers"):
         linear = _linear(model, name)

@@ -1,6 +1,14 @@
 """All that knows transformers: load a model, make its inputs, find its blocks and the layers to compress."""
 
 from rocket.models.auto import auto_class, open_model, open_processor
+from rocket.models.expert_linears import ExpertLinears
+from rocket.models.experts import (
+    expert_layouts,
+    restack_experts,
+    unstack_as,
+    unstack_experts,
+    unstacked_experts,
+)
 from rocket.models.inputs import (
     Batch,
     first_batches,
@@ -22,10 +30,12 @@ from rocket.models.structure import block_of, find_blocks, target_layers
 
 __all__ = [
     "Batch",
+    "ExpertLinears",
     "LinearLayer",
     "auto_class",
     "block_of",
     "evaluation_mode",
+    "expert_layouts",
     "features_of",
     "find_blocks",
     "first_batches",
@@ -42,12 +52,16 @@ __all__ = [
     "open_processor",
     "refuse_quantized",
     "resolve_device",
+    "restack_experts",
     "run_forward",
     "sample_batches",
     "takes_media",
     "takes_text_alone",
     "target_layers",
     "token_batches",
+    "unstack_as",
+    "unstack_experts",
+    "unstacked_experts",
     "weight_of",
     "without_cache",
 ]

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from rocket.config.errors import RocketError
-from rocket.models.linear import LinearLayer, is_linear
+from rocket.models.expert_linears import ExpertLinears
+from rocket.models.linear import LinearLayer, features_of, is_linear
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,10 +42,11 @@ def _is_block_list(modules: nn.ModuleList) -> bool:
 def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequence[str] = ()) -> dict[str, LinearLayer]:
     """The linear layers to compress, by name, in the order of the module tree.
 
-    They are those (`linear.is_linear`) inside the repeated blocks whose weight no other module shares. ``targets``
-    keeps only those whose name ends with one of its entries (at a dot), or matches one written ``re:REGEX`` from the
-    start; ``ignore`` drops layers in the same way. Raises RocketError when an entry matches nothing or no layer is
-    left.
+    They are those (`linear.is_linear`) inside the repeated blocks whose weight no other module shares, but for the
+    routers of experts. ``targets``
+    keeps only those whose name ends with one of its entries (at a dot; the number of an expert at the end of a name may
+    be left out), or matches one written ``re:REGEX`` from the start; ``ignore`` drops layers in the same way. Raises
+    RocketError when an entry matches nothing or no layer is left.
     """
     blocks = find_blocks(model)
     candidates = {
@@ -54,7 +56,12 @@ def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequenc
         if is_linear(module)
     }
     shared = _shared_weights(model)
-    candidates = {name: module for name, module in candidates.items() if id(module.weight) not in shared}
+    routers = {id(router) for block in blocks.values() for router in _routers(block)}
+    candidates = {
+        name: module
+        for name, module in candidates.items()
+        if id(module.weight) not in shared and id(module) not in routers
+    }
     if not candidates:
         kinds = sorted({type(module).__name__ for block in blocks.values() for module in block.modules()})
         found = f"blocks hold {', '.join(kinds[:8])}" if blocks else "it has no repeated blocks"
@@ -64,6 +71,24 @@ def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequenc
     if not selected:
         raise RocketError("model.ignore leaves no layer to compress")
     return {name: module for name, module in candidates.items() if name in selected}
+
+
+def _routers(block: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers beside experts that choose among them (one output each) or weigh a shared one (one output)."""
+    for mixture in block.modules():
+        for experts in mixture.children():
+            count = _count_experts(experts)
+            inside = set(experts.modules())
+            for module in mixture.modules() if count > 1 else ():
+                if isinstance(module, LinearLayer) and module not in inside and features_of(module)[0] in (1, count):
+                    yield module
+
+
+def _count_experts(module: nn.Module) -> int:
+    """How many experts a module is a list of, or holds the stacks of; 0 if it does neither."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    return max((len(stack) for stack in module.children() if isinstance(stack, ExpertLinears)), default=0)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -80,7 +105,7 @@ def _matching(candidates: Mapping[str, nn.Module], patterns: Sequence[str], key:
     for pattern in patterns:
         matches = {name for name in candidates if _matches(name, pattern, key)}
         if not matches:
-            endings = sorted({name.rpartition(".")[2] for name in candidates})
+            endings = sorted({_without_number(name).rpartition(".")[2] for name in candidates})
             raise RocketError(f"{key}: {pattern!r} matches no layer; layers end in {', '.join(endings)}")
         selected |= matches
     return selected
@@ -92,7 +117,11 @@ def _matches(name: str, pattern: str, key: str) -> bool:
             return re.match(pattern[3:], name) is not None
         except re.error as error:
             raise RocketError(f"{key}: {pattern!r} is no regular expression: {error}") from None
-    return f".{name}".endswith(f".{pattern}")
+    return any(f".{ending}".endswith(f".{pattern}") for ending in (name, _without_number(name)))
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"\.\d+$", "", name)
 
 
 def block_of(name: str, blocks: Sequence[str]) -> str:

@@ -25,19 +25,32 @@ FORMAT_VERSION = 1
 
 @register_quantization_config("rocket")
 class RocketConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a compressed checkpoint: the spec of each compressed layer, by module name."""
+    """``quantization_config`` of a compressed checkpoint: the spec of each compressed layer, by module name.
 
-    def __init__(self, modules: Any = None, version: Any = None, **unknown: Any) -> None:
+    ``experts`` maps stacked parameters of the architecture, whose experts are layers of their own here, to their layout
+    (`models.experts`).
+    """
+
+    def __init__(self, modules: Any = None, version: Any = None, experts: Any = None, **unknown: Any) -> None:
         self.quant_method = "rocket"
         unknown.pop("quant_method", None)
         if not isinstance(modules, Mapping) or not all(isinstance(spec, Mapping) for spec in modules.values()):
             raise RocketError("quantization_config.modules must map layer names to their specs")
+        if not isinstance(experts or {}, Mapping):
+            raise RocketError("quantization_config.experts must map parameter names to their layouts")
         if unknown:
             raise RocketError(f"quantization_config has unknown fields: {', '.join(sorted(unknown))}")
         if version != FORMAT_VERSION:
             raise RocketError(f"checkpoint has format version {version!r}; this rocket reads {FORMAT_VERSION}")
         self.version = version
         self.modules = {name: dict(spec) for name, spec in modules.items()}
+        self.experts = dict(experts or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        if not self.experts:
+            del values["experts"]
+        return values
 
     def specs(self) -> dict[str, LayerSpec]:
         """The layer specs. Raises RocketError naming the layer whose entry is malformed."""
@@ -64,11 +77,13 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
+        layers: dict[str, nn.Module] = _unstack(model, self.quantization_config.experts)
         specs = self.quantization_config.specs()
-        layers: dict[str, CompressedLinear] = {}
         for name, module_name in match_modules(specs, [name for name, _ in model.named_modules()]).items():
-            layers[name] = _empty_replacement(name, model.get_submodule(module_name), specs[name])
-            replace_module(model, module_name, layers[name])
+            layer = _empty_replacement(name, model.get_submodule(module_name), specs[name])
+            replace_module(model, module_name, layer)
+            layers.pop(module_name, None)
+            layers[name] = layer
         _check_tensors(layers, checkpoint_files)
         return model
 
@@ -82,8 +97,11 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Called by transformers 4.57 only, which does not tell the checkpoint's files beforehand."""
+        from rocket.models import expert_layouts  # here, as it imports the model classes
+
+        experts = tuple(f"{name}." for name in expert_layouts(model))
         for name, module in model.named_modules():
-            if isinstance(module, CompressedLinear):
+            if isinstance(module, CompressedLinear) or name.startswith(experts):
                 for key in missing_keys:
                     if key.startswith(f"{name}."):
                         raise RocketError(f"the checkpoint lacks the tensor {key}; a file is missing or was replaced")
@@ -133,7 +151,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> None:
     """Make an in-memory model one like those reloaded: with ``save_pretrained`` in our format, and ``optimize``."""
-    config = RocketConfig({name: spec.to_dict() for name, spec in specs.items()}, FORMAT_VERSION)
+    from rocket.models import expert_layouts  # here, as it imports the model classes
+
+    modules = {name: spec.to_dict() for name, spec in specs.items()}
+    config = RocketConfig(modules, FORMAT_VERSION, expert_layouts(model))
     model.config.quantization_config = config
     model.hf_quantizer = RocketQuantizer(config, pre_quantized=True)
     model.quantization_method = "rocket"
@@ -150,6 +171,17 @@ def _keep_names(model: nn.Module) -> None:
     loosely_typed: Any = model
     loosely_typed._weight_conversions = []
     loosely_typed._checkpoint_conversion_mapping = {}  # the same in transformers 4
+
+
+def _unstack(model: nn.Module, experts: Mapping[str, str]) -> dict[str, nn.Module]:
+    """Make experts layers of their own as config.json says; these, by name."""
+    from rocket.models import unstack_as  # here, as it imports the model classes
+
+    parameters = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    layouts = {name: experts[stored] for stored, name in match_modules(experts, parameters).items()}
+    unstack_as(model, layouts)
+    stacks = {name: model.get_submodule(name) for name in layouts}
+    return {f"{name}.{number}": layer for name, stack in stacks.items() for number, layer in stack.named_children()}
 
 
 def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> CompressedLinear:
@@ -172,7 +204,7 @@ def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> Compres
     return layer.to(next(linear.parameters()).dtype)
 
 
-def _check_tensors(layers: Mapping[str, CompressedLinear], checkpoint_files: list[str] | None) -> None:
+def _check_tensors(layers: Mapping[str, nn.Module], checkpoint_files: list[str] | None) -> None:
     """transformers fills tensors that a checkpoint lacks with random numbers and a warning; here it is an error."""
     files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
     if not files:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rocket
+from rocket.calib.experts import split_number
 from rocket.compression import merge, save_checkpoint, stored_values
 from rocket.config.errors import RocketError
+from rocket.forms import Option
+from rocket.models import ExpertLinears, find_blocks
 from rocket.nn import CompressedLinear
 
 
@@ -24,7 +28,7 @@ def compressed_with_plan(make_model, token_ids, settings, family="llama", dtype=
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt2", "gpt_oss", "mixtral"])
 def test_disk_holds_what_the_plan_counts(make_model, token_ids, quick_settings, tmp_path, family, dtype):
     model, plan = compressed_with_plan(make_model, token_ids, quick_settings, family, dtype, removed_ratio=0.3)
     save_checkpoint(model, None, tmp_path)
@@ -76,6 +80,44 @@ def test_merged_model_is_the_same_function(make_model, token_ids, quick_settings
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     weight = load_file(tmp_path / "model.safetensors")[f"{next(iter(plan.choices))}.weight"]
     assert weight.shape == make_model(family).get_submodule(next(iter(plan.choices))).weight.shape
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "mixtral"])
+def test_merged_experts_are_stacked_again(make_model, token_ids, quick_settings, tmp_path, family):
+    """And saved under the names of the original's checkpoint, which plain transformers opens."""
+    original = make_model(family)
+    calib, profiling = quick_settings
+    plan = rocket.plan(original, token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.3)
+    dense = {name: Option("dense", option.parameters, 0, 0.0) for name, option in plan.choices.items()}
+    blocks = list(find_blocks(original))
+    choices = {
+        name: option if split_number(name, blocks)[1] == "1" else dense[name] for name, option in plan.choices.items()
+    }
+    small = rocket.compress(original, replace(plan, choices=choices))
+    for model in (small, reopened(small, tmp_path / "small")):
+        plain = merge(model)
+        state, expected = plain.state_dict(), original.state_dict()
+        assert {name: tensor.shape for name, tensor in state.items()} == {
+            name: tensor.shape for name, tensor in expected.items()
+        }
+        stacks = [name for name, tensor in expected.items() if tensor.ndim == 3]
+        compressed = {name.rpartition(".")[0] for name, option in choices.items() if option.form != "dense"}
+        for name in stacks:
+            assert torch.equal(state[name][[0, 2, 3]], expected[name][[0, 2, 3]])
+            assert torch.equal(state[name][1], expected[name][1]) == (name not in compressed)
+        again = reopened(plain, tmp_path / "plain")
+        assert not any(isinstance(module, (CompressedLinear, ExpertLinears)) for module in again.modules())
+        original.save_pretrained(tmp_path / "original")
+        names = [load_file(tmp_path / path / "model.safetensors").keys() for path in ("plain", "original")]
+        assert names[0] == names[1]
+        with torch.no_grad():
+            wanted = small(input_ids=token_ids[:3]).logits
+            torch.testing.assert_close(again(input_ids=token_ids[:3]).logits, wanted, rtol=0, atol=1e-3)
+
+
+def reopened(model, path):
+    model.save_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path)
 
 
 OPEN_WITHOUT_ROCKET = """

@@ -1,5 +1,7 @@
 """Decoder families, tiny and random, through everything: plan, compress, save, reopen, recount, generate."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -7,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rocket
 from rocket.compression import save_checkpoint, stored_values
 from rocket.config.schema import CalibConfig, ProfilingConfig
-from rocket.models import find_blocks, target_layers
+from rocket.models import find_blocks, target_layers, unstacked_experts
 
 SMALL = {
     "vocab_size": 257,
@@ -49,11 +51,15 @@ FAMILIES = {
     "gpt_oss": {**EXPERTS, "head_dim": 8},
     "gptj": {**GPT, "rotary_dim": 8},
     "granite": GATED,
+    "granitemoe": EXPERTS,
+    "jetmoe": {**SMALL, "kv_channels": 8, "num_key_value_heads": 2, "intermediate_size": 72, "num_local_experts": 4},
+    "llama4_text": {**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 72},
     "mamba": {**STATE_SPACE, "state_size": 8},
     "mamba2": {**STATE_SPACE, "state_size": 16, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
     "mistral": GATED,
     "mixtral": EXPERTS,
     "olmo": GATED,
+    "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2},
     "phi": GATED,
     "qwen2_moe": {**SMALL_EXPERTS, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**SMALL_EXPERTS, "head_dim": 8},
@@ -62,6 +68,8 @@ FAMILIES = {
     "starcoder2": GATED,
     "xglm": {"vocab_size": 257, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 72},
 }
+MIXTURES = {family for family, values in FAMILIES.items() if any("experts" in key for key in values)}
+EXPERT = re.compile(r"\.(mlp|feed_forward|block_sparse_moe)\..*(\.\d+$|experts\.\d+)")
 CALIB = CalibConfig(num_samples=16, seq_len=32, batch_size=4, sensitivity_samples=4)
 PROFILING = ProfilingConfig(removed_ratios=[0.1, 0.3, 0.5, 0.7], rank_support_ratios=[1.0, 1.5, 2.0])
 
@@ -79,7 +87,12 @@ def test_family(family, token_ids, tmp_path):
     assert len(find_blocks(model)) == 2
     plan = rocket.plan(model, token_ids, calib=CALIB, profiling=PROFILING).at(removed_ratio=0.3)
     assert plan.kept_target_parameters <= 0.7 * plan.size.target_parameters
-    assert plan.choices.keys() <= target_layers(model).keys()
+    with unstacked_experts(model):
+        assert plan.choices.keys() <= target_layers(model).keys()
+    experts = {name: option for name, option in plan.choices.items() if EXPERT.search(name)}
+    assert len({re.findall(r"\d+", name)[1] for name in experts}) == (4 if family in MIXTURES else 0)
+    assert not any(re.search(r"router|gate$", name) for name in plan.choices)
+    assert bool(experts) == any(option.form != "dense" for option in experts.values())
     small = rocket.compress(model, plan)
     save_checkpoint(small, None, tmp_path)
     assert stored_values(tmp_path, plan.choices) == plan.kept_target_parameters

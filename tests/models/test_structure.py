@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rocket.config.errors import RocketError
-from rocket.models import block_of, find_blocks, target_layers
+from rocket.models import block_of, find_blocks, target_layers, unstack_experts
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ARCHITECTURES = {
@@ -133,3 +133,36 @@ def test_subclasses_that_only_multiply_are_linear_layers():
 def test_block_of():
     assert block_of("model.layers.1.mlp.up", ["model.layers.0", "model.layers.1"]) == "model.layers.1"
     assert block_of("model.layers.10.mlp.up", ["model.layers.1"]) == ""
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x):
+        return sum(nn.functional.linear(x, self.weight[index]) for index in range(3))
+
+
+@pytest.mark.parametrize("experts", [Experts(), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))])
+def test_routers_are_left_alone(experts):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mixture = {
+                "router": nn.Linear(4, 3),
+                "shared": nn.Linear(4, 4),
+                "weigh": nn.Linear(4, 1),
+                "experts": experts,
+            }
+            self.blocks = nn.ModuleList([nn.ModuleDict({"k": nn.Linear(4, 3), "mlp": nn.ModuleDict(mixture)})])
+            self.dummy_inputs = {"x": torch.ones(2, 4)}
+
+        def forward(self, x):
+            return self.blocks[0]["mlp"]["experts"](x)
+
+    model = Model()
+    unstack_experts(model)
+    names = [name.removeprefix("blocks.0.") for name in target_layers(model)]
+    stack = "mlp.experts.weight" if isinstance(experts, Experts) else "mlp.experts"
+    assert names == ["k", "mlp.shared", *(f"{stack}.{number}" for number in range(3))]

@@ -70,6 +70,9 @@ def logits(model, token_ids) -> torch.Tensor:
         ("opt", None),
         ("gpt_neox", "dictionary"),
         ("phi3", "sparse"),
+        ("mixtral", None),
+        *(("gpt_oss", form) for form in FORMS),
+        ("gpt_oss", None),
     ],
 )
 def test_reload_is_bit_equal(compress_tiny, token_ids, tmp_path, family, form, dtype):
@@ -272,6 +275,45 @@ def test_missing_tensor(damaged, ending):
     edit_tensors(damaged, without(ending))
     with pytest.raises(RocketError, match=rf"lacks the tensor .*{ending}; a file is missing or was replaced"):
         AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@pytest.fixture
+def damaged_experts(compress_tiny, tmp_path) -> Path:
+    """A checkpoint of stacked experts, some of them dense, to be damaged."""
+    compress_tiny("gpt_oss").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_missing_tensor_of_a_dense_expert(damaged_experts):
+    modules = json.loads((damaged_experts / "config.json").read_text())["quantization_config"]["modules"]
+    experts = [f"model.layers.0.mlp.experts.down_proj.{number}" for number in range(4)]
+    missing = next(name for name in experts if name not in modules)
+    edit_tensors(damaged_experts, without(f"{missing}.weight"))
+    with pytest.raises(RocketError, match=rf"lacks the tensor {missing}\.weight; a file is missing or was replaced"):
+        AutoModelForCausalLM.from_pretrained(damaged_experts)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (["a"], "quantization_config.experts must map parameter names to their layouts"),
+        ({"model.layers.0.mlp.experts.up_proj": "expert,in,out"}, "up_proj is compressed, but this model has no such"),
+        ({"model.layers.0.mlp.experts.down_proj": "sideways"}, "down_proj lie as 'sideways'; there are expert,out,in"),
+        ({}, "is compressed, but this model has no such layer"),
+    ],
+)
+def test_edited_experts(damaged_experts, experts, message):
+    edit_config(damaged_experts, lambda quantization: quantization.update(experts=experts))
+    with pytest.raises(RocketError, match=message):
+        AutoModelForCausalLM.from_pretrained(damaged_experts)
+
+
+def test_experts_under_another_class(damaged_experts, compress_tiny, token_ids):
+    bare = AutoModel.from_pretrained(damaged_experts)
+    full = AutoModelForCausalLM.from_pretrained(damaged_experts)
+    with torch.no_grad():
+        hidden = full.model(input_ids=token_ids[:2]).last_hidden_state
+        assert torch.equal(bare(input_ids=token_ids[:2]).last_hidden_state, hidden)
 
 
 def test_no_tensors_at_all(damaged):

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test quality sanitize format clean
+.PHONY: help run test test-models quality sanitize format clean
 
 # The first of these that can make virtual environments; the locks were resolved with 3.11.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -18,6 +18,19 @@ run: $(INSTALLED) ## Compress and evaluate the embedded 135M model, end to end, 
 
 test: $(INSTALLED) ## Run the tests; ARGS="-k knapsack" chooses among them
 	$(BIN)/python -m pytest $(ARGS)
+
+# What the locked transformers asks for, and the oldest line that rocket works with, beside the environment.
+OLDER := build/transformers-4.57
+
+test-models: $(INSTALLED) $(OLDER) ## The grid of model families on both transformers lines; writes docs/supported.md
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest tests/models/test_families.py tests/models/test_kinds.py \
+		--junitxml=build/grid-4.xml $(ARGS)
+	$(BIN)/python -m pytest tests/models/test_families.py tests/models/test_kinds.py --junitxml=build/grid-5.xml $(ARGS)
+	$(BIN)/python tests/models/supported.py build/grid-4.xml build/grid-5.xml > docs/supported.md
+
+$(OLDER): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+		transformers==4.57.6 "huggingface_hub<1.0" "tokenizers>=0.22,<=0.23.0"
 
 quality: $(INSTALLED) ## Lint, formatting, types, direction of imports
 	$(BIN)/ruff check .

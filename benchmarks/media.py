@@ -3,9 +3,9 @@
     python -m benchmarks.media                                  # dinov2 and whisper at 20, 30 and 40 %
     python -m benchmarks.media --configs dinov2 --sizes 0.3 --set profiling.cost=activation
 
-A row is a score of `rocket.evaluation.metrics` on a source: of the original (``removed_ratio`` 0) or of a size, with
-its 95 % interval over the images or clips where it has one. Calibration and evaluation samples are disjoint recordings and
-photographs (`rocket.data.sources.images`, `.backgrounds`, `.speech`).
+A row is a score of `rocket.evaluation.metrics` on a source, of the original (``removed_ratio`` 0) or of a size, with
+its 95 % interval over the images or clips where it has one. Calibration and evaluation samples are of different
+recordings and photographs (`rocket.data.sources.images`, `.backgrounds`, `.speech`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import rocket
 from rocket.compression import save_checkpoint, stored_values
@@ -45,23 +46,32 @@ FAMILIES = {
     },
     "falcon": SMALL,
     "gemma": {**GATED, "head_dim": 16},
+    "gemma2": {**GATED, "head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
     "gemma3_text": {**GATED, "head_dim": 16, "sliding_window": 64},
     "glm": {**GATED, "head_dim": 8},
+    "gpt2": GPT,
     "gpt_bigcode": GPT,
+    "gpt_neox": {**SMALL, "intermediate_size": 72},
     "gpt_oss": {**EXPERTS, "head_dim": 8},
     "gptj": {**GPT, "rotary_dim": 8},
     "granite": GATED,
     "granitemoe": EXPERTS,
     "jetmoe": {**SMALL, "kv_channels": 8, "num_key_value_heads": 2, "intermediate_size": 72, "num_local_experts": 4},
+    "llama": GATED,
     "llama4_text": {**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 72},
     "mamba": {**STATE_SPACE, "state_size": 8},
     "mamba2": {**STATE_SPACE, "state_size": 16, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
     "mistral": GATED,
     "mixtral": EXPERTS,
     "olmo": GATED,
+    "olmo2": GATED,
     "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {**SMALL, "ffn_dim": 72, "word_embed_proj_dim": 32},
     "phi": GATED,
+    "phi3": GATED,
+    "qwen2": {**GATED, "tie_word_embeddings": True},
     "qwen2_moe": {**SMALL_EXPERTS, "shared_expert_intermediate_size": 24},
+    "qwen3": {**GATED, "tie_word_embeddings": True, "head_dim": 16},
     "qwen3_moe": {**SMALL_EXPERTS, "head_dim": 8},
     "smollm3": GATED,
     "stablelm": GATED,
@@ -82,6 +92,8 @@ def logits(model, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family, token_ids, tmp_path):
     torch.manual_seed(0)
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     config = AutoConfig.for_model(family, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     assert len(find_blocks(model)) == 2

@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     CLIPImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -100,6 +102,21 @@ def test_image_classifier(write_config, pictures, monkeypatch):
     assert type(AutoModelForImageClassification.from_pretrained(dense)) is ViTForImageClassification
     with pytest.raises(RocketError, match="only text decoders calibrated on text can be measured"):
         run(path, stage=lambda session: measure_prices(session, [0.3]))
+
+
+def test_image_encoder(write_config, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "views"
+    folder.mkdir()
+    for number in range(120):
+        Image.effect_noise((16, 16), 10.0 + number).convert("RGB").save(folder / f"{number}.png")
+    model = Dinov2Model(Dinov2Config(**VISION))
+    summary = run(write_config(model, vit_processor(), folder, [], [str(folder)]))
+    original, compressed = (evaluation.scores[str(folder)] for evaluation in (summary.original, summary.compressed))
+    assert [score.value for score in original] == pytest.approx([1.0, 1.0])
+    assert 0.5 < compressed[0].value < 1.0
+    assert compressed[0].low <= compressed[0].value <= compressed[0].high
+    assert 0 <= compressed[1].value <= 1
 
 
 def test_what_metrics_keep_of_the_original_reaches_the_compressed_model(write_config, pictures, monkeypatch):

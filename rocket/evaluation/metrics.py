@@ -18,6 +18,8 @@ from rocket.evaluation.wer import difference, word_error_rate
 from rocket.models import Batch, forward_arguments, is_causal_lm, is_encoder_decoder, labels_of, run_forward
 from rocket.models.inputs import IGNORED
 
+NEIGHBOURS = 5
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -126,14 +128,15 @@ def _word_error_rate(subject: Subject) -> Measurement:
 
 
 def _encodes_images(subject: Subject) -> bool:
-    pictures = bool(subject.samples) and all(sample.image is not None for sample in subject.samples)
-    return pictures and not is_causal_lm(subject.model) and not is_encoder_decoder(subject.model)
+    pictures = len(subject.samples) > NEIGHBOURS and all(sample.image is not None for sample in subject.samples)
+    writes = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
+    return pictures and not writes and not _classifies(subject)
 
 
 def _feature_agreement(subject: Subject) -> Measurement:
     """How alike the features are to the original's; 1 for the original itself."""
     features = features_of_model(subject.model, subject.batches)
-    found = agreement(subject.reference.get("features", features), features)
+    found = agreement(subject.reference.get("features", features), features, NEIGHBOURS)
     return Measurement(
         [
             Score(f"feature cosine ({found.images} images)", found.cosine, found.cosine_low, found.cosine_high),

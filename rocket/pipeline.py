@@ -306,12 +306,14 @@ class Evaluation:
     """What was measured of one model.
 
     ``perplexities`` by text source, ``accuracies`` by task, ``scores`` by source: of what is no text that a decoder
-    reads, or of other models than decoders.
+    reads, or of other models than decoders. ``kept`` names the tensors of the original that scores of the compressed
+    model are relative to; they lie beside.
     """
 
     perplexities: dict[str, float]
     accuracies: dict[str, dict[str, Any]]
     scores: dict[str, list[Score]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
 
 def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
@@ -319,12 +321,13 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
 
     The original comes first, while it is in memory for the stages before.
     """
-    original = _evaluate_original(session)
+    original, kept = _evaluate_original(session)
     path = compress_model(session)
     session.release_model()
     compressed = _stored_evaluation(session, session.budget.name, session.plan_fingerprint)
-    if compressed is None:
-        kept = session.run.read_tensors(_KEPT, session.evaluation_fingerprint(_original(session))) or {}
+    if compressed is not None:
+        session.skip(f"evaluate {session.budget.name}")
+    else:
         model, processor = open_checkpoint(path, session.config.model)
         with session.stage("evaluate compressed"):
             compressed, _ = _evaluate(session, model, processor, kept)
@@ -340,35 +343,36 @@ def _original(session: Session) -> str:
     return fingerprint(model=session.model_identity, dtype=session.config.model.dtype)
 
 
-def _evaluate_original(session: Session) -> Evaluation:
-    """Also writes what metrics keep of it to compare the compressed model with."""
+def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]:
+    """What is measured of it, and what metrics keep to compare the compressed model with."""
+    expected = session.evaluation_fingerprint(_original(session))
     stored = _stored_evaluation(session, "original", _original(session))
-    if stored is not None:
-        return stored
+    kept = session.run.read_tensors(_KEPT, expected) or {}
+    if stored is not None and set(stored.kept) <= kept.keys():
+        session.skip("evaluate original")
+        return stored, kept
     model, processor = session.loaded
     _check_sources(session)
     with session.stage("evaluate original"):
-        evaluation, kept = _evaluate(session, model, processor, {})
-    expected = session.evaluation_fingerprint(_original(session))
+        evaluation, kept = _evaluate(session, model, processor, None)
     if kept:
         session.run.write_tensors(_KEPT, expected, kept)
     session.run.write_json("evaluation/original.json", expected, asdict(evaluation))
-    return evaluation
+    return evaluation, kept
 
 
 def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation | None:
     content = session.run.read_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject))
     if content is None:
         return None
-    session.skip(f"evaluate {name}")
     scores = {source: [Score(**score) for score in scores] for source, scores in content.pop("scores").items()}
     return Evaluation(**content, scores=scores)
 
 
 def _evaluate(
-    session: Session, model: PreTrainedModel, processor: Any, reference: Mapping[str, Tensor]
+    session: Session, model: PreTrainedModel, processor: Any, reference: Mapping[str, Tensor] | None
 ) -> tuple[Evaluation, dict[str, Tensor]]:
-    """What is measured, and what is to be kept of it. ``reference``: what was kept of the original."""
+    """What is measured, and what is to be kept. ``reference``: what was kept of the original, None if this is it."""
     settings = session.config.evaluation
     size = settings.batch_size
     perplexities: dict[str, float] = {}
@@ -398,11 +402,11 @@ def _evaluate(
     if settings.tasks:
         results = zero_shot(model, _tokenizer(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
         tasks = {task: asdict(result) for task, result in results.items()}
-    return Evaluation(perplexities, tasks, scores), kept
+    return Evaluation(perplexities, tasks, scores, sorted(kept)), kept
 
 
 def _measure(
-    subjects: Mapping[str, Subject], reference: Mapping[str, Tensor]
+    subjects: Mapping[str, Subject], reference: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, list[Score]], dict[str, Tensor]]:
     """Scores by source, and tensors to keep, named SOURCE/METRIC/NAME."""
     scores: dict[str, list[Score]] = {}
@@ -414,11 +418,15 @@ def _measure(
         scores[source] = []
         for metric in metrics:
             prefix = f"{source}/{metric.name}/"
-            known = {name.removeprefix(prefix): value for name, value in reference.items() if name.startswith(prefix)}
+            known = None if reference is None else _beginning(reference, prefix)
             found = metric.measure(replace(subject, reference=known))
             scores[source] += found.scores
             kept |= {prefix + name: value for name, value in found.kept.items()}
     return scores, kept
+
+
+def _beginning(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

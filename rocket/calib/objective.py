@@ -49,8 +49,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tenso
     terms = int((labels != IGNORED).sum())
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", ignore_index=IGNORED)
-    return loss, terms
+    counted = labels != IGNORED
+    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"), terms
 
 
 def _own_predictions(logits: Tensor, counted: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:

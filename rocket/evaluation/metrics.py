@@ -26,7 +26,7 @@ class Subject:
     """A model, and the inputs that it is measured on.
 
     ``samples`` are in the order of the rows of ``batches``; empty where those are windows of text. ``reference`` holds
-    what the metric kept of the original model on the same inputs; it is empty for the original itself.
+    what the metric kept of the original model on the same inputs; it is None for the original itself.
     """
 
     model: Any
@@ -34,7 +34,7 @@ class Subject:
     samples: Sequence[Sample]
     batches: Sequence[Batch]
     batch_size: int
-    reference: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def _perplexity(subject: Subject) -> Measurement:
             assert labels is not None
             if is_causal_lm(subject.model):
                 logits, labels = logits[:, :-1], labels[:, 1:]
-            targets = labels.flatten().to(logits.device)
-            losses = F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none", ignore_index=IGNORED)
-            loss += float(losses.double().sum())
-            count += int((labels != IGNORED).sum())
+            counted = labels != IGNORED
+            scores, targets = logits[counted.to(logits.device)].float(), labels[counted].to(logits.device)
+            loss += float(F.cross_entropy(scores, targets, reduction="none").double().sum())
+            count += len(targets)
     mean = loss / max(count, 1)
     return Measurement([Score("perplexity", math.inf if mean > 700 else math.exp(mean))])
 
@@ -120,7 +120,7 @@ def _word_error_rate(subject: Subject) -> Measurement:
     name = f"word error rate ({found.words} words), %"
     scores = [Score(name, 100 * found.value, 100 * found.low, 100 * found.high)]
     counts = torch.tensor([found.clip_errors, found.clip_words])
-    if not subject.reference:
+    if subject.reference is None:
         return Measurement(scores, {"counts": counts})
     errors, words = subject.reference["counts"].tolist()
     more = difference(errors, found.clip_errors, words)
@@ -136,13 +136,14 @@ def _encodes_images(subject: Subject) -> bool:
 def _feature_agreement(subject: Subject) -> Measurement:
     """How alike the features are to the original's; 1 for the original itself."""
     features = features_of_model(subject.model, subject.batches)
-    found = agreement(subject.reference.get("features", features), features, NEIGHBOURS)
+    is_original = subject.reference is None
+    found = agreement(features if subject.reference is None else subject.reference["features"], features, NEIGHBOURS)
     return Measurement(
         [
             Score(f"feature cosine ({found.images} images)", found.cosine, found.cosine_low, found.cosine_high),
             Score(f"shared {found.neighbours} nearest neighbours", found.knn_overlap),
         ],
-        {} if subject.reference else {"features": features},
+        {"features": features} if is_original else {},
     )
 
 

@@ -50,7 +50,7 @@ def word_error_rate(model: Any, processor: Any, samples: Sequence[Sample], batch
 
     Decoding is greedy: token by token for models that generate (Whisper), the best symbol of each frame for CTC models
     (wav2vec2). References and transcripts go through Whisper's normaliser of English (letter case, punctuation,
-    numbers, contractions; British spelling too where the processor knows it) before words are compared.
+    numbers, contractions; not spelling) before words are compared.
 
     Cost: one transcription of each clip; models like Whisper, whose input is 30 s long, pay for 30 s whatever the clip.
 
@@ -62,7 +62,7 @@ def word_error_rate(model: Any, processor: Any, samples: Sequence[Sample], batch
     with evaluating(model):
         for start in track(range(0, len(samples), batch_size), "transcribe"):
             hypotheses += transcribe(model, processor, [sample.audio for sample in samples[start : start + batch_size]])
-    return score([str(sample.text) for sample in samples], hypotheses, _normalizer(processor))
+    return score([str(sample.text) for sample in samples], hypotheses, EnglishTextNormalizer({}))
 
 
 def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
@@ -126,10 +126,6 @@ def _counts(references: Sequence[str], hypotheses: Sequence[str]) -> Iterator[tu
             raise RocketError("a reference has no word once normalised; leave such clips out")
         found = jiwer.process_words(reference, hypothesis)
         yield found.substitutions + found.deletions + found.insertions, len(reference.split())
-
-
-def _normalizer(processor: Any) -> EnglishTextNormalizer:
-    return EnglishTextNormalizer(getattr(processor.tokenizer, "english_spelling_normalizer", None) or {})
 
 
 def _longest(processor: Any) -> int | None:

@@ -16,7 +16,6 @@ from transformers import (
 from rocket.config.errors import RocketError
 from rocket.config.schema import ModelConfig
 from rocket.data.samples import Sample
-from rocket.evaluation import wer
 from rocket.evaluation.wer import WordErrorRate, difference, score, word_error_rate
 
 SECOND = np.zeros(16_000, np.float32)
@@ -177,9 +176,3 @@ def test_clip_longer_than_the_model_takes_in(whisper_and_clips):
     model, processor, _ = whisper_and_clips
     with pytest.raises(RocketError, match=r"sample 0 has 31.0 s of audio; this model takes in 30 s, cut it into"):
         word_error_rate(model, processor, [Sample(audio=np.zeros(31 * 16_000, np.float32), text="yes")])
-
-
-def test_normaliser_knows_british_spelling_where_the_processor_does(processor):
-    assert wer._normalizer(processor)("Colour, it's 25!") == "colour it is 25"
-    processor.tokenizer.english_spelling_normalizer = {"colour": "color"}
-    assert wer._normalizer(processor)("Colour") == "color"

@@ -82,7 +82,8 @@ class Bench:
     @cached_property
     def calibration(self) -> Calibration:
         tokens = self.tokens[: self.args.samples]
-        sensitivity = token_batches(self.model, tokens[: self.args.sensitivity_samples], SENSITIVITY_BATCH)
+        wanted = self.args.sensitivity_samples
+        sensitivity = token_batches(self.model, tokens[:wanted], SENSITIVITY_BATCH) if wanted else ()
         return calibrate(self.model, self.layers, token_batches(self.model, tokens, 8), sensitivity)
 
     def planner(self, name: str, profiling: ProfilingConfig, allocation: AllocationConfig) -> Planner:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 
 from rocket.allocation import Budget, select_allocator
@@ -71,6 +72,7 @@ class Session:
     def calibration_fingerprint(self) -> str:
         return fingerprint(
             model=self.model_identity,
+            names=transformers.__version__.partition(".")[0],  # which layers of some families are called by
             loading=self.config.model.model_dump(exclude={"device"}),
             calib=self.config.calib.model_dump(exclude={"batch_size"}),
             source=source_stamp(self.config.calib.source),

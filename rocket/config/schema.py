@@ -207,7 +207,8 @@ class EvaluationConfig(Section):
     samples: list[str] = Field(
         default_factory=list,
         description="Sources of images or speech, as in calib.source, for models that take them. Their held-out part "
-        "is measured by what fits: perplexity of the texts, accuracy where samples have labels.",
+        "is measured by what fits: perplexity of the texts, accuracy where samples have labels, word error rate, "
+        "agreement of features with the original's.",
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     seq_len: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens a window.")

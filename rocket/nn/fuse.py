@@ -25,9 +25,10 @@ class SharedInput:
     """Sparse layers of one input: the first that is called multiplies for all, the others take what is theirs.
 
     Whether a layer is asked about the same input is seen by the identity of the tensor, so a model that calls them
-    otherwise only loses time. Between the calls for one input the layers' tensors must not change, nor, in inference mode
-    or a compiled graph, the input in place. The layers keep their tensors, which are read anew at each product. Where there are more
-    rows of input than the kernels multiply directly, each multiplies by itself: there is nothing to gain.
+    otherwise only loses time. Between the calls for one input the layers' tensors must not change, nor, in inference
+    mode or a compiled graph, the input in place. The layers keep their tensors, which are read anew at each product.
+    Where there are more rows of input than the kernels multiply directly, each multiplies by itself: there is nothing
+    to gain.
     """
 
     def __init__(self, layers: Iterable[SparseLinear]) -> None:

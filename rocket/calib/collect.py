@@ -38,6 +38,10 @@ class Calibration:
         """G [in, in] of a layer's input."""
         return self.grams[self.inputs[layer]]
 
+    def seen(self) -> dict[str, int]:
+        """How many tokens each layer saw."""
+        return {name: self.tokens[leader] for name, leader in self.inputs.items()}
+
     def known(self, layers: Mapping[str, LinearLayer]) -> dict[str, LinearLayer]:
         """Those of the layers that calibration reached."""
         return {name: layer for name, layer in layers.items() if name in self.inputs}

@@ -38,6 +38,10 @@ class Calibration:
         """G [in, in] of a layer's input."""
         return self.grams[self.inputs[layer]]
 
+    def seen(self) -> dict[str, int]:
+        """How many tokens each layer saw."""
+        return {name: self.tokens[leader] for name, leader in self.inputs.items()}
+
     def known(self, layers: Mapping[str, LinearLayer]) -> dict[str, LinearLayer]:
         """Those of the layers that calibration reached."""
         return {name: layer for name, layer in layers.items() if name in self.inputs}
@@ -70,8 +74,8 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
     Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
     token) are left out with a warning: nothing is known of them, so they stay as they are.
 
-    Memory: in² float64 and in² float32 for each distinct input, on the device of the layer. Raises RocketError naming
-    layer and batch when activations are not finite, and when no layer is reached at all.
+    Memory: in² float64 and in² float32 for each distinct input, on the device of the layer; in² float32 of it stay.
+    Raises RocketError naming layer and batch when activations are not finite, and when no layer is reached at all.
     """
     collector = _Collector(model, layers)
     with collector, torch.inference_mode():
@@ -80,8 +84,8 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
             run_forward(model, batch)
     accumulators = collector.accumulators
     inputs = collector.reached()
-    grams = {name: accumulator.gram() for name, accumulator in accumulators.items()}
     tokens = {name: accumulator.tokens for name, accumulator in accumulators.items()}
+    grams = {name: accumulators.pop(name).gram() for name in tokens}
     fill_experts(layers, list(find_blocks(model)), inputs, grams, tokens)
     missing = [name for name in layers if name not in inputs]
     if missing:

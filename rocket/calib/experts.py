@@ -101,3 +101,18 @@ def fill_up(
             own = count * means[name] if count else 0.0
             filled[name] = (own + (wanted - count) * overall) / wanted
     return filled
+
+
+def fill_up_sums(
+    sums: Mapping[str, Tensor], tokens: Mapping[str, int], experts: Sequence[str], wanted: int, seen: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """`fill_up` for sums over the tokens of each expert, which shrink with the number of tokens that it gets.
+
+    What is filled up is the mean over tokens. The number that it is multiplied by is taken from ``seen``, the tokens
+    that each expert saw in a pass of whatever length, as few tokens tell little of it; one that saw none counts as
+    one that saw one, for it may see some yet.
+    """
+    means = {name: sums[name] / tokens[name] for name in experts if tokens.get(name)}
+    share = sum(tokens.get(name, 0) for name in experts) / sum(seen[name] for name in experts)
+    filled = fill_up(means, tokens, experts, wanted)
+    return {name: share * max(seen[name], 1) * mean for name, mean in filled.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rocket.calib.experts import expert_lists, fill_up
+from rocket.calib.experts import expert_lists, fill_up_sums
 from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
 from rocket.models import Batch, LinearLayer, features_of, find_blocks, without_cache
@@ -23,7 +23,11 @@ EXPERT_TOKENS = 64
 
 
 def measure_sensitivities(
-    model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Batch], seed: int = 0
+    model: nn.Module,
+    layers: Mapping[str, LinearLayer],
+    batches: Iterable[Batch],
+    seed: int = 0,
+    seen: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """φ [out] of each layer: φ_j = Σ (∂ objective / ∂y_j)² / terms, the sum over all positions of its output.
 
@@ -39,7 +43,8 @@ def measure_sensitivities(
     (an expert).
 
     An expert that gradients reached at fewer than `EXPERT_TOKENS` tokens, where a mean of squares is known to about
-    √(2/64) = 18 %, is filled up to so many by the mean of its siblings.
+    √(2/64) = 18 %, is filled up to so many by the mean of its siblings; how many tokens it gets follows from ``seen``,
+    those that each layer saw in a longer pass (`Calibration.seen`; None: in this one).
 
     Layers that no gradient reaches are left out with a warning. Raises RocketError when it reaches none, or is not
     finite. ``seed`` is of the random signs and labels of models without labels.
@@ -54,9 +59,9 @@ def measure_sensitivities(
             if value.requires_grad:
                 value.backward()
             terms += count
-    sensitivities = {name: (total / max(terms, 1e-30)).float() for name, total in sums.items()}
     for experts in expert_lists(layers, tokens, list(find_blocks(model))):
-        sensitivities.update(fill_up(sensitivities, tokens, experts, EXPERT_TOKENS))
+        sums.update(fill_up_sums(sums, tokens, experts, EXPERT_TOKENS, tokens if seen is None else seen))
+    sensitivities = {name: (total / max(terms, 1e-30)).float() for name, total in sums.items()}
     reached = {name: values for name, values in sensitivities.items() if values.any()}
     _check(reached, sums)
     return reached

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LAYOUTS = ("expert,out,in", "expert,in,out")
+EAGER = "eager"
+ONE_AT_A_TIME = "experts in layers of their own are taken one at a time; call model.set_experts_implementation('eager')"
 
 
 class ExpertLinears(nn.Module):
@@ -26,11 +28,15 @@ class ExpertLinears(nn.Module):
     >>> experts = ExpertLinears(nn.Parameter(torch.ones(2, 4, 3)), "expert,out,in")
     >>> F.linear(torch.ones(5, 3), experts[1]).shape, [name for name, _ in experts.named_children()]
     (torch.Size([5, 4]), ['0', '1'])
+
+    ``implementation`` is what transformers 5 ran the experts by (``config._experts_implementation``) until they were
+    made layers, which only "eager" uses. The others take the whole parameter and get a RuntimeError.
     """
 
     def __init__(self, stacked: nn.Parameter, layout: str) -> None:
         super().__init__()
         self.layout = layout
+        self.implementation: str | None = EAGER
         for number, weight in enumerate(stacked.detach()):
             weight = weight.T if self.transposed else weight
             with torch.device("meta"):
@@ -55,10 +61,18 @@ class ExpertLinears(nn.Module):
     def __getitem__(self, index: int | Tensor) -> _ExpertWeight:
         """What stands for the weight of one expert. A tensor of one element keeps its dimension, as in a tensor."""
         if isinstance(index, Tensor) and index.numel() != 1:
-            raise RuntimeError("experts in layers of their own are taken one at a time")
+            raise RuntimeError(ONE_AT_A_TIME)
         layer = self._modules[str(int(index))]
         assert layer is not None
         return _ExpertWeight(layer, self.transposed, leading=isinstance(index, Tensor) and index.ndim > 0)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if hasattr(Tensor, name):
+                raise _NoTensor(f"{ONE_AT_A_TIME} (asked for {name})") from None
+            raise
 
     @classmethod
     def __torch_function__(
@@ -80,6 +94,10 @@ class ExpertLinears(nn.Module):
         layers: list[Any] = list(self.children())
         weights = [layer.weight.T if self.transposed else layer.weight for layer in layers]
         return nn.Parameter(torch.stack(weights), requires_grad=layers[0].weight.requires_grad)
+
+
+class _NoTensor(RuntimeError, AttributeError):
+    """An attribute of tensors that experts in layers of their own lack; `hasattr` says so without raising."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from rocket.config.errors import RocketError
-from rocket.models.expert_linears import LAYOUTS, ExpertLinears
+from rocket.models.expert_linears import EAGER, LAYOUTS, ExpertLinears
 from rocket.models.mode import evaluation_mode
 from rocket.models.structure import find_blocks
 
@@ -42,7 +42,7 @@ def unstack_experts(model: nn.Module, layers: Collection[str] | None = None) -> 
         return
     implementations = _implementations(candidates.values())
     for config, _ in implementations:
-        config._experts_implementation = "eager"
+        config._experts_implementation = EAGER
     failures: dict[str, str] = {}
     calls = _record_calls(model, candidates)
     for name, module in candidates.items():
@@ -50,6 +50,10 @@ def unstack_experts(model: nn.Module, layers: Collection[str] | None = None) -> 
         if reason is not None:
             failures[name] = reason
     unstacked = {id(_config(module)) for name, module in candidates.items() if name not in failures}
+    before = {id(config): implementation for config, implementation in implementations}
+    for module in candidates.values():
+        for experts in _unstacked(module):
+            experts.implementation = before.get(id(_config(module)), EAGER)
     for config, implementation in implementations:
         if id(config) not in unstacked:
             config._experts_implementation = implementation
@@ -90,19 +94,22 @@ def unstack_as(model: nn.Module, layouts: Mapping[str, str]) -> None:
         parameter = module._parameters.get(attribute)
         if parameter is None or parameter.ndim != 3:
             raise RocketError(f"config.json: {name} holds stacked experts, in this model it is something else")
-        _replace(module, attribute, layout)
+        experts = _replace(module, attribute, layout)
         config = _config(module)
         if config is not None:
-            config._experts_implementation = "eager"
+            experts.implementation = config._experts_implementation
+            config._experts_implementation = EAGER
 
 
 def restack_experts(model: nn.Module) -> None:
-    """Stack the experts of every `ExpertLinears` again, in place. Its layers must be plain."""
+    """Stack the experts of every `ExpertLinears` again, in place, and run them as before. Its layers must be plain."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, ExpertLinears):
                 del module._modules[name]
                 module.register_parameter(name, child.stacked())
+                if child.implementation != EAGER:  # else others of this config were unstacked first, and know better
+                    _config(module)._experts_implementation = child.implementation
 
 
 def expert_layouts(model: nn.Module) -> dict[str, str]:
@@ -203,10 +210,16 @@ def _try_layouts(module: nn.Module, call: _Call | None) -> str | None:
     return "; ".join(dict.fromkeys(reasons))
 
 
-def _replace(module: nn.Module, name: str, layout: str) -> None:
+def _unstacked(module: nn.Module) -> list[ExpertLinears]:
+    return [child for child in module.children() if isinstance(child, ExpertLinears)]
+
+
+def _replace(module: nn.Module, name: str, layout: str) -> ExpertLinears:
     stacked = module._parameters.pop(name)
     assert stacked is not None
-    module.add_module(name, ExpertLinears(stacked, layout))
+    experts = ExpertLinears(stacked, layout)
+    module.add_module(name, experts)
+    return experts
 
 
 def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> None:

@@ -107,6 +107,13 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
                         raise RocketError(f"the checkpoint lacks the tensor {key}; a file is missing or was replaced")
         return missing_keys
 
+    def update_weight_conversions(self, conversions: list[Any], model: nn.Module) -> list[Any]:
+        """None: tensors are stored under the model's own names (`_keep_names`), which some conversions take for theirs.
+
+        Called by transformers 5 only.
+        """
+        return []
+
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 

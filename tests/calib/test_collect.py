@@ -1,5 +1,7 @@
 """Gram matrices from hooks, against numpy on the inputs that the layers really get."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,25 @@ def test_shared_inputs_are_found(llama, token_ids):
             "mlp.down_proj": f"{block}.mlp.down_proj",
         }
     assert len(calibration.grams) == 8
+
+
+def test_sums_are_let_go_as_their_grams_are_read(llama, token_ids, monkeypatch):
+    model, layers = llama
+    alive, counts = weakref.WeakSet(), []
+
+    class Watched(GramAccumulator):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            alive.add(self)
+
+        def gram(self):
+            counts.append(len(alive))
+            return super().gram()
+
+    monkeypatch.setattr("rocket.calib.collect.GramAccumulator", Watched)
+    calibration = collect_grams(model, layers, [{"input_ids": token_ids}])
+    assert counts == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert list(calibration.grams) == list(dict.fromkeys(calibration.inputs.values()))
 
 
 def test_equal_values_in_other_tensors_are_not_shared(token_ids):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rocket.calib import collect_grams, measure_sensitivities
-from rocket.calib.experts import expert_lists, fill_up, split_number
+from rocket.calib.experts import expert_lists, fill_up, fill_up_sums, split_number
 from rocket.models import target_layers
 
 
@@ -21,6 +21,22 @@ def test_filling_up_by_hand():
         "new": [2.5, 5.5],
     }
     assert fill_up(means, tokens, ["a", "b"], wanted=2) == {}
+
+
+def test_sums_of_rare_experts_stay_rare():
+    """Filling up changes what is known of a token, not how many tokens an expert gets."""
+    experts = ["often", "rare", "idle"]
+    sums = {"often": torch.tensor([1000.0, 2000.0]), "rare": torch.tensor([2.0, 4.0]), "idle": torch.zeros(2)}
+    tokens = {"often": 1000, "rare": 2, "idle": 0}
+    # every token has squares (1, 2): 2 of them make (2, 4), and the one that the idle expert counts as (1, 2)
+    filled = fill_up_sums(sums, tokens, experts, 64, seen=tokens)
+    assert {name: values.tolist() for name, values in filled.items()} == {"rare": [2, 4], "idle": [1, 2]}
+    # of 4008 tokens elsewhere 16 and 4 were theirs, of 1002 here that is 4 and 1
+    filled = fill_up_sums(sums, tokens, experts, 64, seen={"often": 3988, "rare": 16, "idle": 4})
+    assert {name: values.tolist() for name, values in filled.items()} == {"rare": [4, 8], "idle": [1, 2]}
+    # overall (4·1 + 1·6)/5 = 2; rare, up to 4: (6 + 3·2)/4 = 3 a token, and it got 1
+    sums = {"often": torch.tensor([4.0]), "rare": torch.tensor([6.0])}
+    assert fill_up_sums(sums, {"often": 4, "rare": 1}, experts[:2], 4, {"often": 4, "rare": 1})["rare"].tolist() == [3]
 
 
 def test_experts_are_lists_of_unequal_tokens():
@@ -115,7 +131,7 @@ def test_an_expert_of_few_tokens_and_one_of_none(ids, caplog):
         for number, tokens in enumerate((192, 8, 0)):
             gate = f"{block}.experts.{number}.gate"
             assert calibration.inputs[f"{block}.experts.{number}.up"] == calibration.inputs[gate] == gate
-            assert calibration.tokens[gate] == tokens
+            assert calibration.tokens[gate] == calibration.seen()[f"{block}.experts.{number}.up"] == tokens
     assert "8 inputs of experts saw fewer than 4 calibration tokens a feature" in caplog.text
     assert "(the fewest: blocks.0.experts.2.gate, 0)" in caplog.text
     assert "stay as they are" not in caplog.text
@@ -136,7 +152,11 @@ def test_experts_of_whom_none_saw_a_token(ids, caplog):
     assert "blocks.0.experts.0.gate and 12 other layers saw no calibration token" in caplog.text
 
 
-def test_sensitivities_of_experts(ids):
+@pytest.mark.parametrize(
+    ("seen", "routed"),
+    [(None, (192, 8, 1)), ((784, 12, 4), (192, 3, 1))],  # of 200 tokens, by their own counts or by 800 others
+)
+def test_sensitivities_of_experts(ids, seen, routed):
     model = Mixture(0.96, 0.04, 0.0)
     layers = target_layers(model)
     gradients = {name: np.zeros((0, 6)) for name in layers if name.endswith("up")}
@@ -148,14 +168,18 @@ def test_sensitivities_of_experts(ids):
         layers[name].register_forward_hook(
             lambda _, __, output, name=name: output.register_hook(lambda gradient: keep(name, gradient)) and None
         )
-    measured = measure_sensitivities(model, layers, [{"input_ids": part} for part in ids.split(4)])
+    if seen is not None:
+        experts = {name: split_number(name, ["blocks.0", "blocks.1"])[1] for name in layers}
+        seen = {name: seen[int(number)] if number else 800 for name, number in experts.items()}
+    measured = measure_sensitivities(model, layers, [{"input_ids": part} for part in ids.split(4)], seen=seen)
     for block in ("blocks.0", "blocks.1"):
         names = [f"{block}.experts.{number}.up" for number in range(3)]
-        own = [np.square(gradients[name]).sum(axis=0) / 200 for name in names]
-        assert [len(gradients[name]) for name in names] == [192, 8, 0]
-        overall = (192 * own[0] + 8 * own[1]) / 200
-        for name, expected in zip(names, [own[0], (8 * own[1] + 56 * overall) / 64, overall], strict=True):
-            np.testing.assert_allclose(measured[name], expected, rtol=1e-4)
+        own = [np.square(gradients[name]) for name in names]
+        assert [len(squares) for squares in own] == [192, 8, 0]
+        overall = np.concatenate(own).mean(axis=0)
+        means = [own[0].mean(axis=0), (own[1].sum(axis=0) + 56 * overall) / 64, overall]
+        for name, mean, count in zip(names, means, routed, strict=True):
+            np.testing.assert_allclose(measured[name], mean * count / 200, rtol=1e-4)
 
 
 def test_an_unreached_layer_that_is_no_expert_is_left_out(ids):

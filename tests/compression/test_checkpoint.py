@@ -96,6 +96,8 @@ def test_merged_experts_are_stacked_again(make_model, token_ids, quick_settings,
     small = rocket.compress(original, replace(plan, choices=choices))
     for model in (small, reopened(small, tmp_path / "small")):
         plain = merge(model)
+        implementations = [getattr(one.config, "_experts_implementation", None) for one in (plain, original)]
+        assert implementations[0] == implementations[1]
         state, expected = plain.state_dict(), original.state_dict()
         assert {name: tensor.shape for name, tensor in state.items()} == {
             name: tensor.shape for name, tensor in expected.items()

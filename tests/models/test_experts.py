@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,6 +30,11 @@ def stacked() -> nn.Parameter:
 @pytest.fixture
 def inputs() -> torch.Tensor:
     return torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+
+
+def layouts_of(model: nn.Module) -> dict[str, str]:
+    """Those of a family whose experts are multiplied by ``F.linear``."""
+    return {name: OUT_IN for name, parameter in model.named_parameters() if parameter.ndim == 3}
 
 
 def transposed(stacked: nn.Parameter) -> nn.Parameter:
@@ -130,6 +136,51 @@ def test_for_a_while(make_model, family):
     assert not expert_layouts(model)
     assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == list(parameters.items())
     assert getattr(model.config, "_experts_implementation", None) == implementation
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("unstack", [unstack_experts, lambda model: unstack_as(model, layouts_of(model))])
+def test_stacked_again_they_run_as_before(make_model, unstack, implementation):
+    model = make_model("mixtral")
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip(f"transformers {transformers.__version__} has one implementation of experts")
+    model.set_experts_implementation(implementation)
+    unstack(model)
+    assert model.config._experts_implementation == "eager"
+    restack_experts(model)
+    assert model.config._experts_implementation == implementation
+
+
+def test_unstacked_in_two_steps_they_run_as_before(make_model):
+    model = make_model("gpt_oss")
+    before = getattr(model.config, "_experts_implementation", None)
+    for block in (1, 0):
+        unstack_experts(model, [f"model.layers.{block}.mlp.experts.down_proj.3"])
+    assert len(expert_layouts(model)) == 4
+    restack_experts(model)
+    assert getattr(model.config, "_experts_implementation", None) == before
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_other_implementations_are_refused(make_model, token_ids, family, implementation):
+    model = make_model(family)
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip(f"transformers {transformers.__version__} has one implementation of experts")
+    unstack_experts(model)
+    expected = model(input_ids=token_ids[:2]).logits
+    model.set_experts_implementation(implementation)
+    with pytest.raises(RuntimeError, match=r"call model\.set_experts_implementation\('eager'\)"):
+        model(input_ids=token_ids[:2])
+    model.set_experts_implementation("eager")
+    assert torch.equal(model(input_ids=token_ids[:2]).logits, expected)
+
+
+def test_what_no_tensor_has_is_missing_as_in_any_module(stacked):
+    experts = ExpertLinears(stacked, OUT_IN)
+    assert not hasattr(experts, "device")
+    with pytest.raises(AttributeError, match="no attribute 'bias'"):
+        experts.bias  # noqa: B018
 
 
 def test_only_those_of_the_named_layers(make_model):

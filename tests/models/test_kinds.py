@@ -16,7 +16,7 @@ from transformers import AutoConfig
 import rocket
 from rocket.compression import save_checkpoint, stored_values
 from rocket.config.schema import CalibConfig, ProfilingConfig
-from rocket.models import auto_class, forward_arguments, run_forward, target_layers
+from rocket.models import auto_class, forward_arguments, run_forward, target_layers, unstacked_experts
 
 VOCABULARY, WIDTH, LENGTH = 97, 32, 16
 CALIB = CalibConfig(num_samples=16, batch_size=4, sensitivity_samples=8)
@@ -129,6 +129,7 @@ QWEN_VISION = {
     "temporal_patch_size": 2,
 }
 QWEN_TEXT = {**LLAMA, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}}
+QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 QWEN_IDS = {"image_token_id": IMAGE_TOKEN, "vision_start_token_id": 6, "vision_end_token_id": 7, "video_token_id": 8}
 BART = {
     "vocab_size": VOCABULARY,
@@ -190,6 +191,13 @@ QWEN25 = {
     "window_size": 32,
 }
 QWEN25_VISION = {**{key: value for key, value in QWEN_VISION.items() if key != "embed_dim"}, **QWEN25}
+QWEN3_VISION = {
+    **{key: value for key, value in QWEN_VISION.items() if key != "embed_dim"},
+    "out_hidden_size": WIDTH,
+    "intermediate_size": 72,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0],
+}
 FAMILIES = {
     "bert": Family("BertForMaskedLM", padded, TEXT, "AutoModelForMaskedLM"),
     "bert bare": Family("BertModel", padded, TEXT),
@@ -245,6 +253,12 @@ FAMILIES = {
         {"text_config": QWEN_TEXT, "vision_config": QWEN25_VISION, **QWEN_IDS},
         "AutoModelForImageTextToText",
     ),
+    "qwen3-vl-moe": Family(
+        "Qwen3VLMoeForConditionalGeneration",
+        qwen_vl,
+        {"text_config": {**QWEN_TEXT, **QWEN_EXPERTS}, "vision_config": QWEN3_VISION, **QWEN_IDS},
+        "AutoModelForImageTextToText",
+    ),
     "idefics3": Family("Idefics3ForConditionalGeneration", idefics, IDEFICS, "AutoModelForImageTextToText"),
     "smolvlm": Family("SmolVLMForConditionalGeneration", idefics, IDEFICS, "AutoModelForImageTextToText"),
 }
@@ -257,7 +271,7 @@ def build(family: Family) -> Any:
     torch.manual_seed(0)
     config = dict(family.config)
     if "text_config" in config and architecture.config_class.__name__.startswith("Qwen"):
-        config["text_config"] = {key: value for key, value in QWEN_TEXT.items() if key != "model_type"}
+        config["text_config"] = {key: value for key, value in config["text_config"].items() if key != "model_type"}
     return architecture(architecture.config_class(**config)).eval()
 
 
@@ -276,7 +290,8 @@ def test_family(name, tmp_path):
     assert plan.kept_target_parameters <= 0.7 * plan.size.target_parameters
     # every layer inside blocks is reached, by tokens and by gradients; LLaVA reads the last hidden states but one
     unread = ".encoder.layers.1." if name == "llava" else "none"
-    assert list(plan.choices) == [layer for layer in target_layers(model) if unread not in layer]
+    with unstacked_experts(model):
+        assert list(plan.choices) == [layer for layer in target_layers(model) if unread not in layer]
     small = rocket.compress(model, plan)
     save_checkpoint(small, None, tmp_path)
     assert stored_values(tmp_path, plan.choices) == plan.kept_target_parameters

@@ -106,7 +106,7 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     if config.sensitivity_samples:
         with session.stage("measure sensitivities"):
             chosen = track(batches(config.sensitivity_samples, SENSITIVITY_BATCH), "sensitivities")
-            sensitivities = measure_sensitivities(model, calibration.known(layers), chosen, calibration.seen())
+            sensitivities = measure_sensitivities(model, calibration.known(layers), chosen, seen=calibration.seen())
         run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
         calibration = calibration.with_sensitivities(sensitivities)
     size = measure_size(model, calibration.known(layers).values())

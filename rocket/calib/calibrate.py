@@ -26,5 +26,5 @@ def calibrate(
         return calibration
     known = calibration.known(layers)
     return calibration.with_sensitivities(
-        measure_sensitivities(model, known, track(sensitivity_batches, "sensitivities"), calibration.seen())
+        measure_sensitivities(model, known, track(sensitivity_batches, "sensitivities"), seen=calibration.seen())
     )

@@ -23,6 +23,7 @@ from rocket.models import (
     token_batches,
     unstacked_experts,
 )
+from rocket.models.inputs import tokenizer_of
 from rocket.profiling import profile_layers
 
 
@@ -40,11 +41,11 @@ def plan(
     """Calibrate and profile a model once; the result plans any size in seconds.
 
     ``calibration`` holds texts (then ``tokenizer`` is needed), token ids [samples, seq_len], samples of images or
-    speech (then ``processor`` is needed; both are one argument by two names), or batches: keyword arguments of the
-    model's forward, with ``labels`` where it learns from them, taken as they are. ``calib`` and ``profiling`` are the
-    sections of the same names of a config file. The model is left as it is. Raises RocketError when the
-    text is too short, the model does not take what the samples hold, or no layer matches; ValueError when texts or
-    samples come alone.
+    speech (then ``processor`` is needed, which also serves for texts if it has a tokenizer), or batches: keyword
+    arguments of the model's forward, with ``labels`` where it learns from them, taken as they are. ``calib`` and
+    ``profiling`` are the sections of the same names of a config file. The model is left as it is. Raises RocketError
+    when the text is too short, the model does not take what the samples hold, or no layer matches; ValueError when
+    texts or samples come alone.
     """
     calib, profiling = calib or CalibConfig(), profiling or ProfilingConfig()
     if profiling.cost == "loss" and calib.sensitivity_samples == 0:
@@ -79,5 +80,5 @@ def _material(
     if isinstance(calibration[0], Sample):
         samples = calibration[: calib.num_samples]
         return lambda count, size: sample_batches(model, processor, samples[:count], size)
-    tokens = pack_tokens(calibration, processor, calib.seq_len, calib.num_samples, calib.seed)
+    tokens = pack_tokens(calibration, tokenizer_of(processor), calib.seq_len, calib.num_samples, calib.seed)
     return lambda count, size: token_batches(model, tokens[:count], size)

@@ -50,6 +50,7 @@ from rocket.models import (
     token_batches,
     weight_of,
 )
+from rocket.models.inputs import tokenizer_of
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.run import RunDirectory, Usage, fingerprint, track
 from rocket.session import Session
@@ -164,13 +165,8 @@ def _calibration_tokens(session: Session, spare: int = 0) -> Tensor:
         text_field=config.text_field,
         stream_limit=max(512, HUB_DOCUMENTS_A_SAMPLE * config.num_samples),
     )
-    tokenizer = _tokenizer(session.loaded[1])
+    tokenizer = tokenizer_of(session.loaded[1])
     return pack_tokens(documents.texts, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
-
-
-def _tokenizer(processor: Any) -> Any:
-    """The tokenizer of a processor, or the processor itself, if it is one."""
-    return getattr(processor, "tokenizer", processor)
 
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
@@ -382,7 +378,7 @@ def _evaluate(
         if is_causal_lm(model):
             result = perplexity(
                 model,
-                _tokenizer(processor),
+                tokenizer_of(processor),
                 documents.texts,
                 seq_len=settings.seq_len,
                 batch_size=size,
@@ -390,7 +386,7 @@ def _evaluate(
             )
             perplexities[source] = result.value
             continue
-        windows = pack_tokens(documents.texts, _tokenizer(processor), settings.seq_len, None, 0)
+        windows = pack_tokens(documents.texts, tokenizer_of(processor), settings.seq_len, None, 0)
         count = min(len(windows), max(1, (settings.max_tokens or windows.numel()) // settings.seq_len))
         batches = token_batches(model, spread_windows(windows, count), size)
         subjects[source] = Subject(model, processor, (), batches, size)
@@ -400,7 +396,7 @@ def _evaluate(
     scores, kept = _measure(subjects, reference)
     tasks = {}
     if settings.tasks:
-        results = zero_shot(model, _tokenizer(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
+        results = zero_shot(model, tokenizer_of(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
         tasks = {task: asdict(result) for task, result in results.items()}
     return Evaluation(perplexities, tasks, scores, sorted(kept)), kept
 

@@ -1,5 +1,7 @@
 """plan -> compress -> save -> load, from Python, on a model in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -81,6 +83,13 @@ def test_the_predicted_loss_is_about_the_measured_one(make_model, token_ids):
 def test_texts_need_a_tokenizer(make_model, texts):
     with pytest.raises(ValueError, match="calibration texts need the tokenizer"):
         rocket.plan(make_model("llama"), texts)
+
+
+def test_texts_take_the_tokenizer_of_a_processor(make_model, byte_tokenizer, texts, quick_settings):
+    calib, profiling = quick_settings
+    processor = SimpleNamespace(tokenizer=byte_tokenizer, image_processor=None)
+    planner = rocket.plan(make_model("llama"), texts, processor=processor, calib=calib, profiling=profiling)
+    assert planner.profiles
 
 
 def test_text_shorter_than_a_sequence(make_model, byte_tokenizer):

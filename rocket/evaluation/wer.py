@@ -12,6 +12,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from rocket.config.errors import RocketError
 from rocket.data.samples import SAMPLING_RATE, Sample
 from rocket.evaluation.perplexity import evaluating
+from rocket.models.inputs import check_clips, longest_clip
 from rocket.run import track
 
 RESAMPLES = 10_000
@@ -68,7 +69,7 @@ def word_error_rate(model: Any, processor: Any, samples: Sequence[Sample], batch
 def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
     """What a model in evaluation mode hears in a batch of clips, each float32 [n] at 16 kHz."""
     # Whisper's input has one length; others are padded to the longest clip.
-    padding = "max_length" if _longest(processor) else "longest"
+    padding = "max_length" if longest_clip(processor) else "longest"
     inputs = processor(audio=list(clips), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
     if model.can_generate():
@@ -128,23 +129,13 @@ def _counts(references: Sequence[str], hypotheses: Sequence[str]) -> Iterator[tu
         yield found.substitutions + found.deletions + found.insertions, len(reference.split())
 
 
-def _longest(processor: Any) -> int | None:
-    """The one number of audio samples that a model like Whisper takes in; None where any length will do."""
-    return getattr(processor.feature_extractor, "n_samples", None)
-
-
 def _check(samples: Sequence[Sample], processor: Any, batch_size: int) -> None:
     if batch_size < 1:
         raise RocketError(f"batch_size {batch_size}: must be at least 1")
     if not samples:
         raise RocketError("no clip to measure the word error rate on; give samples with audio and text")
-    longest = _longest(processor)
     for number, sample in enumerate(samples):
         if sample.audio is None or sample.text is None:
             missing = "audio" if sample.audio is None else "transcript"
             raise RocketError(f"sample {number} has no {missing}; word error rates need clips with transcripts")
-        if longest is not None and len(sample.audio) > longest:
-            raise RocketError(
-                f"sample {number} has {len(sample.audio) / SAMPLING_RATE:.1f} s of audio; this model takes in "
-                f"{longest / SAMPLING_RATE:.0f} s, cut it into shorter clips"
-            )
+    check_clips(processor, samples)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ Batch = Mapping[str, Tensor]
 IGNORED = -100
 AUDIO_INPUTS = ("input_features", "input_values")
 MEDIA_INPUTS = ("pixel_values", *AUDIO_INPUTS)
+GIVE_BATCHES = "give rocket.plan batches of what its forward takes"
 
 
 def forward_arguments(model: nn.Module) -> frozenset[str]:
@@ -27,14 +28,27 @@ def forward_arguments(model: nn.Module) -> frozenset[str]:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model reads one sequence and writes another (T5, BART, Whisper)."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Whether a model reads one sequence and has a decoder for another (T5, BART, Whisper).
+
+    The config alone does not tell: an encoder that is used by itself has that of the whole model.
+    """
+    by_config = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return by_config and "decoder_input_ids" in forward_arguments(model)
+
+
+def learns_to_write(model: nn.Module) -> bool:
+    """Whether ``labels`` are what an encoder-decoder model is to write: not a classifier's, nor of one without head."""
+    return is_encoder_decoder(model) and _generates(model) and "labels" in forward_arguments(model)
+
+
+def _generates(model: nn.Module) -> bool:
+    can_generate: Callable[[], bool] | None = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate()
 
 
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether a model predicts each token of its input from those before it, images beside them or not."""
-    can_generate: Callable[[], bool] | None = getattr(model, "can_generate", None)
-    return can_generate is not None and can_generate() and not is_encoder_decoder(model)
+    return _generates(model) and not is_encoder_decoder(model)
 
 
 def takes_media(model: nn.Module) -> bool:
@@ -50,18 +64,44 @@ def takes_text_alone(model: nn.Module) -> bool:
 def run_forward(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a batch, on its device and in its type, without a cache.
 
-    ``labels`` are passed on where the decoder's input is made from them, and nowhere else.
+    ``labels`` are passed on where the decoder's input is made from them, and nowhere else; ``attention_mask`` not to
+    speech models that normalise over time (wav2vec2-base), which were trained without. What is no tensor is passed on.
     """
     parameter = next(model.parameters())
-    arguments: dict[str, Any] = {
-        name: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
-        for name, tensor in batch.items()
-        if name != "labels" or is_encoder_decoder(model)
-    }
+    unread = set() if learns_to_write(model) else {"labels"}
+    if getattr(getattr(model, "config", None), "feat_extract_norm", None) == "group":
+        unread.add("attention_mask")
+    arguments: dict[str, Any] = {name: _like(parameter, batch[name]) for name in batch if name not in unread}
     if "use_cache" in forward_arguments(model):
         arguments["use_cache"] = False
-    with without_cache(model):
+    with without_cache(model), _padding_token(model):
         return model(**arguments)
+
+
+def _like(parameter: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+
+
+@contextmanager
+def _padding_token(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a classifier has a token for padding: decoders look for the last token before it.
+
+    That is the one that ends a text, or a number that no token has, where the config names neither.
+    """
+    whole: Any = getattr(model, "config", None)
+    config = whole.get_text_config() if type(model).__name__.endswith("ForSequenceClassification") else None
+    if config is None or getattr(config, "pad_token_id", -1) is not None:
+        yield
+        return
+    ends = getattr(config, "eos_token_id", None)
+    end = ends[0] if isinstance(ends, list) else ends
+    config.pad_token_id = -1 if end is None else end
+    try:
+        yield
+    finally:
+        config.pad_token_id = None
 
 
 def without_cache(model: nn.Module) -> AbstractContextManager[object]:
@@ -109,7 +149,9 @@ def token_batches(model: nn.Module, tokens: Tensor, batch_size: int) -> list[Bat
         )
     if not is_encoder_decoder(model):
         return [{"input_ids": ids} for ids in tokens.split(batch_size)]
-    written = "labels" if "labels" in forward_arguments(model) else "decoder_input_ids"
+    written = "labels" if learns_to_write(model) else "decoder_input_ids"
+    if written != "labels" and "labels" in forward_arguments(model):
+        raise RocketError(f"{type(model).__name__} generates no text from text; {GIVE_BATCHES}")
     halves = tokens[:, : tokens.shape[1] // 2 * 2].chunk(2, dim=1)
     read, answer = (half.contiguous().split(batch_size) for half in halves)
     return [{"input_ids": ids, written: labels} for ids, labels in zip(read, answer, strict=True)]
@@ -124,7 +166,8 @@ def first_batches(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
             break
         chosen.append(batch)
         # Vision-language models may stack the pieces of all images in pixel_values: ids tell the samples.
-        held += len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+        tensors = (value for value in batch.values() if isinstance(value, Tensor))
+        held += len(batch["input_ids"] if "input_ids" in batch else next(tensors))
     return chosen
 
 
@@ -136,7 +179,7 @@ def sample_batches(model: nn.Module, processor: Any, samples: Sequence[Sample], 
     - image and text (CLIP): pixels, and tokens padded to one length
     - image and text (a vision-language model): the chat of an image answered by the text, labels what follows the image
 
-    Raises RocketError if the model does not take what the samples hold, or the processor cannot make it.
+    Raises RocketError if the model does not take what the samples hold, or not whole, or the processor cannot make it.
     """
     make = _batch_maker(model, processor, samples)
     known = forward_arguments(model) | {"labels"}
@@ -153,10 +196,15 @@ def _batch_maker(
     name, takes = type(model).__name__, forward_arguments(model)
     has = {field: all(getattr(sample, field) is not None for sample in samples) for field in ("audio", "image", "text")}
     if has["audio"] and not takes.isdisjoint(AUDIO_INPUTS):
+        if "input_ids" in takes and not is_encoder_decoder(model):
+            raise RocketError(f"{name} reads audio beside a text that asks about it; {GIVE_BATCHES}")
+        check_clips(processor, samples)
         return lambda part: _speech(model, processor, part)
     if has["image"] and "pixel_values" in takes:
-        if is_encoder_decoder(model) or "input_ids" not in takes:
+        if "input_ids" not in takes:
             return lambda part: _images(model, processor, part)
+        if is_encoder_decoder(model):
+            raise RocketError(f"{name} reads images beside a text that asks about them; {GIVE_BATCHES}")
         if not has["text"]:
             raise RocketError(f"{name} reads images with text, and some of these samples have no text")
         if is_causal_lm(model):
@@ -176,13 +224,37 @@ def _part(processor: Any, *names: str) -> Any:
     return next((part for name in names if (part := getattr(processor, name, None)) is not None), processor)
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the processor itself, if it is one."""
+    return _part(processor, "tokenizer")
+
+
+def longest_clip(processor: Any) -> int | None:
+    """The one number of audio samples that a model like Whisper takes in; None where any length will do."""
+    return getattr(_part(processor, "feature_extractor"), "n_samples", None)
+
+
+def check_clips(processor: Any, samples: Sequence[Sample]) -> None:
+    """Raise RocketError for the first sample with more audio than the model takes in: the rest would be cut off."""
+    longest = longest_clip(processor)
+    for number, sample in enumerate(samples):
+        if longest is not None and sample.audio is not None and len(sample.audio) > longest:
+            raise RocketError(
+                f"sample {number} has {len(sample.audio) / SAMPLING_RATE:.1f} s of audio; this model takes in "
+                f"{longest / SAMPLING_RATE:.0f} s, cut it into shorter clips"
+            )
+
+
 def _speech(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     extractor = _part(processor, "feature_extractor")
     arguments = inspect.signature(extractor.__call__).parameters
     # Whisper reads 30 s, and its extractor pads to them by itself; others pad only when told, or always to one length.
-    padding = {"padding": arguments["padding"].default or True} if "padding" in arguments else {}
+    options: dict[str, Any] = {"padding": arguments["padding"].default or True} if "padding" in arguments else {}
+    # Where the mask is not the model's, it still tells calibration which frames are padding.
+    if options.get("padding") is True and "return_attention_mask" in arguments:
+        options["return_attention_mask"] = True
     audio = [sample.audio for sample in samples]
-    batch = dict(extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt", **padding))
+    batch = dict(extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt", **options))
     if is_encoder_decoder(model):
         batch["labels"] = _written(model, processor, samples)
     return batch
@@ -198,19 +270,29 @@ def _images(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict
 
 def _written(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> Tensor:
     """Labels [n, tokens] that an encoder-decoder model is to write, without the token that its decoder starts with."""
-    tokenizer = _part(processor, "tokenizer")
+    name, tokenizer = type(model).__name__, tokenizer_of(processor)
+    if not learns_to_write(model):
+        raise RocketError(f"{name} generates no text from what it takes; {GIVE_BATCHES}")
     if any(sample.text is None for sample in samples):
-        raise RocketError(f"{type(model).__name__} writes text, and some of these samples have none (no transcript)")
+        raise RocketError(f"{name} writes text, and some of these samples have none (no transcript)")
     rows = [torch.tensor(tokenizer(sample.text)["input_ids"]) for sample in samples]
     labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
     config: Any = model.config
     starts = bool((labels[:, 0] == config.decoder_start_token_id).all())
-    return labels[:, 1:] if starts else labels
+    labels = labels[:, 1:] if starts else labels
+    most = getattr(config, "max_target_positions", None)
+    if most is not None and labels.shape[1] > most:
+        longest = samples[max(range(len(rows)), key=lambda number: len(rows[number]))].text or ""
+        raise RocketError(
+            f"{longest[:40]!r}... is a transcript of {labels.shape[1]} tokens; {name} writes at most {most}, cut the "
+            "clip into shorter ones"
+        )
+    return labels
 
 
 def _pairs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     # A text model that is given no mask (SigLIP) was trained on texts padded to its full length.
-    masked = "attention_mask" in _part(processor, "tokenizer").model_input_names
+    masked = "attention_mask" in tokenizer_of(processor).model_input_names
     return dict(
         processor(
             images=[sample.image for sample in samples],
@@ -225,7 +307,10 @@ def _pairs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
 def _dialogues(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     texts = [_dialogue(processor, sample.text or "") for sample in samples]
     images = [[sample.image] for sample in samples]
-    batch = dict(processor(images=images, text=texts, padding=True, return_tensors="pt"))
+    start = getattr(tokenizer_of(processor), "bos_token", None)
+    # Many chat templates write the token that begins a text, which the tokenizer would write once more.
+    begun = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
+    batch = dict(processor(images=images, text=texts, padding=True, return_tensors="pt", **begun))
     labels = labels_of(model, batch)
     assert labels is not None
     # What comes before and among the pieces of the image is the prompt's frame: system text, rows and columns.

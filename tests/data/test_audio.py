@@ -41,6 +41,17 @@ def test_other_rates_become_16_khz(tmp_path, rate):
     assert np.abs(read - tone(440, 16_000))[200:-200].max() < 5e-3
 
 
+def test_channels_are_averaged(tmp_path):
+    sides = np.stack([tone(440, 8_000), np.zeros(8_000, np.float32)], axis=1)
+    read = read_wav(write_wav(tmp_path / "stereo.wav", sides, 8_000, channels=2))
+    assert read.shape == (16_000,)
+    assert np.abs(read - tone(440, 16_000) / 2)[200:-200].max() < 5e-3
+
+
+def test_a_file_without_sound(tmp_path):
+    assert read_wav(write_wav(tmp_path / "a.wav", np.zeros(0), 8_000)).shape == (0,)
+
+
 def test_what_does_not_fit_is_left_out():
     assert np.abs(resample(tone(6_000, 16_000), Fraction(1, 2)))[200:-200].max() < 5e-3
 
@@ -54,8 +65,8 @@ def test_files_that_are_none(tmp_path):
         read_wav(tmp_path / "empty.wav")
     with pytest.raises(RocketError, match="no readable WAV file"):
         read_wav(tmp_path / "nowhere.wav")
-    with pytest.raises(RocketError, match="has 2 channels of 16 bits; convert it to mono"):
-        read_wav(write_wav(tmp_path / "stereo.wav", np.zeros(8), channels=2))
+    with pytest.raises(RocketError, match=r"wide\.wav: has 32 bits a sample, not 16; convert it"):
+        read_wav(write_wav(tmp_path / "wide.wav", np.zeros(8), width=4))
     path = write_wav(tmp_path / "short.wav", np.zeros(1000))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RocketError, match="is cut short"):

@@ -10,13 +10,19 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BartModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    Florence2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2AudioForConditionalGeneration,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -25,7 +31,9 @@ from transformers import (
     Wav2Vec2Model,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForAudioClassification,
     WhisperForConditionalGeneration,
+    WhisperModel,
 )
 
 from rocket.config.errors import RocketError
@@ -40,6 +48,7 @@ from rocket.models import (
     token_batches,
     without_cache,
 )
+from rocket.models.inputs import tokenizer_of
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
 VISION = {**WIDTHS, "image_size": 16, "patch_size": 8}
@@ -73,10 +82,10 @@ def clip_images() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
-def tiny_whisper():
+def tiny_whisper(of=WhisperForConditionalGeneration):
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 5}
     config = {**SIDES, **HEADS, "vocab_size": 260, "num_mel_bins": 8, **ids}
-    return WhisperForConditionalGeneration(WhisperConfig(**config, max_source_positions=50, max_target_positions=32))
+    return of(WhisperConfig(**config, max_source_positions=50, max_target_positions=32))
 
 
 def tiny_llava():
@@ -96,6 +105,33 @@ def test_windows_are_halved_for_an_encoder_decoder(token_ids):
     (batch,) = token_batches(model, token_ids, 16)
     assert torch.equal(torch.cat([batch["input_ids"], batch["labels"]], dim=1), token_ids)
     assert run_forward(model, batch).logits.shape == (16, 16, 260)
+
+
+def test_windows_are_halved_for_an_encoder_decoder_without_a_head(token_ids):
+    model = BartModel(BartConfig(vocab_size=260, **SIDES, **HEADS))
+    (batch,) = token_batches(model, token_ids, 16)
+    assert batch.keys() == {"input_ids", "decoder_input_ids"}
+    assert run_forward(model, batch).last_hidden_state.shape == (16, 16, 32)
+
+
+def test_windows_are_no_texts_to_classify(token_ids):
+    model = BartForSequenceClassification(BartConfig(vocab_size=260, **SIDES, **HEADS))
+    with pytest.raises(RocketError, match="BartForSequenceClassification generates no text from text; give rocket"):
+        token_batches(model, token_ids, 16)
+    batch = {"input_ids": torch.tensor([[5, 6, 2], [7, 8, 2]]), "labels": torch.tensor([0, 1])}
+    assert run_forward(model, batch).logits.shape == (2, 3)
+
+
+def test_a_decoder_that_classifies_needs_no_padding_token(token_ids):
+    model = LlamaForSequenceClassification(LlamaConfig(**TEXT, num_labels=3))
+    (batch,) = token_batches(model, token_ids.clamp(min=1), 16)
+    logits = run_forward(model, batch).logits
+    assert model.config.pad_token_id is None
+    model.config.pad_token_id = 0
+    assert torch.equal(model(**batch).logits, logits)
+    model.config.pad_token_id = model.config.eos_token_id = None
+    assert torch.equal(run_forward(model, batch).logits, logits)
+    assert model.config.pad_token_id is None
 
 
 def test_images(byte_tokenizer):
@@ -128,6 +164,47 @@ def test_speech_for_an_encoder_decoder(byte_tokenizer):
         sample_batches(model, processor, [Sample(audio=sound(0.5, 0))], 1)
 
 
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (Sample(text="rain", audio=sound(1.5, 0)), "sample 1 has 1.5 s of audio; this model takes in 1 s, cut it"),
+        (Sample(text="rain" * 10, audio=sound(1, 0)), "rainrain.*40 tokens; .* writes at most 32, cut the clip"),
+    ],
+)
+def test_clips_that_the_model_cannot_take_whole(byte_tokenizer, sample, message):
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    processor = SimpleNamespace(feature_extractor=extractor, tokenizer=byte_tokenizer)
+    with pytest.raises(RocketError, match=message):
+        sample_batches(tiny_whisper(), processor, [Sample(text="rain", audio=sound(1, 0)), sample], 1)
+
+
+def test_speech_for_parts_of_an_encoder_decoder(byte_tokenizer):
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    samples = [Sample(audio=sound(0.5, 0), text="rain", label=1)]
+    model = tiny_whisper(WhisperForAudioClassification)
+    (batch,) = sample_batches(model, extractor, samples, 1)
+    assert batch.keys() == {"input_features"}
+    assert run_forward(model, batch).logits.shape == (1, 2)
+    with pytest.raises(RocketError, match="WhisperModel generates no text from what it takes; give rocket"):
+        sample_batches(tiny_whisper(WhisperModel), extractor, samples, 1)
+
+
+@pytest.mark.parametrize(
+    ("of", "sample"),
+    [
+        (Qwen2AudioForConditionalGeneration, Sample(audio=sound(0.5, 0), text="rain")),
+        (Florence2ForConditionalGeneration, Sample(image=picture(0), text="rain")),
+    ],
+)
+def test_models_that_read_media_and_a_question(of, sample):
+    model = of.__new__(of)
+    object.__setattr__(model, "config", SimpleNamespace(is_encoder_decoder=of is Florence2ForConditionalGeneration))
+    with pytest.raises(
+        RocketError, match=f"{of.__name__} reads .* beside a text that asks about .*; give rocket.plan batches"
+    ):
+        sample_batches(model, None, [sample], 1)
+
+
 def test_the_token_that_a_decoder_starts_with_is_no_label(byte_tokenizer):
     model = tiny_whisper()
     model.config.decoder_start_token_id = byte_tokenizer("r")["input_ids"][0]
@@ -140,11 +217,17 @@ def test_the_token_that_a_decoder_starts_with_is_no_label(byte_tokenizer):
 def test_speech_for_an_encoder():
     convolutions = {"conv_dim": (16,), "conv_kernel": (10,), "conv_stride": (5,), "num_feat_extract_layers": 1}
     model = Wav2Vec2Model(Wav2Vec2Config(**WIDTHS, **convolutions, num_conv_pos_embedding_groups=4))
-    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     samples = [Sample(audio=sound(0.05, 0)), Sample(text="x", audio=sound(0.1, 1))]
-    (batch,) = sample_batches(model, extractor, samples, 2)
+    (batch,) = sample_batches(model, Wav2Vec2FeatureExtractor(), samples, 2)
     assert batch.keys() == {"input_values", "attention_mask"}
     assert batch["attention_mask"].sum(dim=1).tolist() == [800, 1600]
+    # A model that normalises over time was trained without a mask: it tells calibration of padding, not the model.
+    values = batch["input_values"]
+    model.eval()
+    assert model.config.feat_extract_norm == "group"
+    assert torch.equal(run_forward(model, batch).last_hidden_state, model(values).last_hidden_state)
+    model.config.feat_extract_norm = "layer"
+    assert torch.equal(run_forward(model, batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
 def test_pairs_of_image_and_text(image_tokenizer):
@@ -192,6 +275,27 @@ def test_images_answered_by_text(image_tokenizer, template):
     assert torch.equal(labels_of(model, without), everything)
 
 
+def test_a_template_that_begins_a_text_leaves_no_second_beginning(image_tokenizer):
+    class Processor:
+        tokenizer = SimpleNamespace(bos_token="<eos>")
+        chat_template = f"<eos>{TEMPLATE}"
+
+        def apply_chat_template(self, messages):
+            return f"<eos><image>{messages[1]['content'][0]['text']}"
+
+        def __call__(self, images, text, add_special_tokens=True, **_):
+            beginning = "<eos>" if add_special_tokens else ""
+            return {"pixel_values": torch.zeros(1), **image_tokenizer([beginning + text[0]], return_tensors="pt")}
+
+    (batch,) = sample_batches(tiny_llava(), Processor(), [Sample(text="rain", image=picture(0))], 1)
+    assert image_tokenizer.decode(batch["input_ids"][0]) == "<eos><image>rain"
+
+
+def test_the_tokenizer_of_a_processor(byte_tokenizer):
+    assert tokenizer_of(byte_tokenizer) is byte_tokenizer
+    assert tokenizer_of(SimpleNamespace(tokenizer=byte_tokenizer)) is byte_tokenizer
+
+
 def test_labels_of_a_batch(make_model, token_ids):
     model = make_model("llama")
     assert torch.equal(labels_of(model, {"input_ids": token_ids}), token_ids)
@@ -203,6 +307,13 @@ def test_labels_of_a_batch(make_model, token_ids):
 def test_first_batches():
     batches = [{"input_ids": torch.zeros(3, 4)} for _ in range(4)]
     assert [len(first_batches(batches, count)) for count in (1, 3, 4, 100, None)] == [1, 1, 2, 4, 4]
+    images = [{"output_hidden_states": True, "pixel_values": torch.zeros(3, 4)}] * 2
+    assert len(first_batches(images, 3)) == 1
+
+
+def test_what_is_no_tensor_is_passed_on(make_model, token_ids):
+    output = run_forward(make_model("llama"), {"input_ids": token_ids, "output_hidden_states": True})
+    assert len(output.hidden_states) == 3
 
 
 def test_caches_are_off_for_a_while(make_model):

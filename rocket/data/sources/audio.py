@@ -17,23 +17,29 @@ Audio: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def read_wav(path: Path) -> Audio:
-    """The samples [n] of a mono 16-bit PCM file, between -1 and 1, at 16 kHz whatever its own rate.
+    """The samples [n] of a 16-bit PCM file, between -1 and 1, its channels averaged, at 16 kHz whatever its own rate.
 
     Raises RocketError when the file is of another kind or shorter than it says.
     """
     try:
         with wave.open(str(path), "rb") as file:
-            layout = (file.getnchannels(), file.getsampwidth())
+            channels, width = file.getnchannels(), file.getsampwidth()
             rate, frames = file.getframerate(), file.getnframes()
             content = file.readframes(frames)
     except (OSError, EOFError, wave.Error) as error:
         raise RocketError(f"{path}: no readable WAV file ({str(error) or 'it is cut short'})") from error
-    if layout != (1, 2):
-        raise RocketError(f"{path}: has {layout[0]} channels of {8 * layout[1]} bits; convert it to mono, 16 bits")
-    if len(content) != 2 * frames:
+    if width != 2:
+        raise RocketError(f"{path}: has {8 * width} bits a sample, not 16; convert it")
+    if len(content) != 2 * channels * frames:
         raise RocketError(f"{path}: is cut short; get the file again")
-    samples = np.frombuffer(content, "<i2").astype(np.float32) / np.float32(32768)
-    return resample(samples, Fraction(SAMPLING_RATE, rate))
+    samples = np.frombuffer(content, "<i2").reshape(-1, channels) / np.float32(32768)
+    return as_mono(samples, rate)
+
+
+def as_mono(signal: np.ndarray[Any, Any], rate: int) -> Audio:
+    """The mean [n] of the channels of a signal [frames, channels], at 16 kHz."""
+    mono: Audio = signal.mean(axis=1, dtype=np.float32)
+    return resample(mono, Fraction(SAMPLING_RATE, rate))
 
 
 def resample(audio: Audio, ratio: Fraction) -> Audio:
@@ -44,7 +50,7 @@ def resample(audio: Audio, ratio: Fraction) -> Audio:
     >>> bool(np.allclose(resample(tone, Fraction(2)), expected, atol=1e-5))
     True
     """
-    if ratio == 1:
+    if ratio == 1 or not len(audio):
         return audio
     # Lengths with small prime factors make the transforms fast.
     block = FFT_BLOCK * ratio.denominator

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import wave
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rocket.config.errors import RocketError
-from rocket.data.samples import SAMPLING_RATE, Sample, SampleCorpus, key_of
+from rocket.data.samples import Sample, SampleCorpus, key_of
+from rocket.data.sources.audio import Audio, as_mono, read_wav
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 AUDIO = (".wav", ".flac")
+KINDS = ("image", "audio")
 METADATA = "metadata.jsonl"
 
 
@@ -31,7 +30,7 @@ def holds_samples(path: Path) -> bool:
         row = json.loads(first)
     except json.JSONDecodeError:
         return False
-    return isinstance(row, dict) and not row.keys().isdisjoint(("image", "audio"))
+    return isinstance(row, dict) and not row.keys().isdisjoint(KINDS)
 
 
 def read(path: Path) -> SampleCorpus:
@@ -43,8 +42,8 @@ def referenced_files(path: Path) -> list[Path]:
     """The files that a source of samples consists of, sorted."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    rows = [row for _, row in _rows(path)]
-    return [path, *sorted({path.parent / row[field] for row in rows for field in ("image", "audio") if field in row})]
+    values = [row.get(kind) for _, row in _rows(path) for kind in KINDS]
+    return [path, *sorted({path.parent / value for value in values if isinstance(value, str)})]
 
 
 def _folder(path: Path) -> Iterator[tuple[str, Sample]]:
@@ -72,7 +71,7 @@ def _transcripts(path: Path) -> dict[Path, str]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Sample]]:
     for where, row in _rows(path):
-        kind = next((kind for kind in ("image", "audio") if isinstance(row.get(kind), str)), None)
+        kind = next((kind for kind in KINDS if isinstance(row.get(kind), str)), None)
         if kind is None:
             raise RocketError(f"{where}: names no image and no audio file; each line must")
         text, label = row.get("text"), row.get("label")
@@ -103,42 +102,25 @@ def _sample(file: Path, kind: str, text: str | None, label: int | None) -> tuple
         raise RocketError(f"{file}: cannot be read ({error.strerror})") from error
     if kind == "image":
         return key_of(content), Sample(text=text, image=_image(file, content), label=label)
-    return key_of(content), Sample(text=text, audio=_audio(file, content), label=label)
+    audio = read_wav(file) if file.suffix.lower() == ".wav" else _flac(file, content)
+    return key_of(content), Sample(text=text, audio=audio, label=label)
 
 
 def _image(file: Path, content: bytes) -> Any:
-    from PIL import Image  # slow to import, and most sources do without
+    from PIL import Image, ImageOps  # slow to import, and most sources do without
 
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except OSError as error:
-        raise RocketError(f"{file}: no image that can be read; write it again or remove it") from error
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RocketError(f"{file}: no image that can be read ({error}); write it again or remove it") from error
 
 
-def _audio(file: Path, content: bytes) -> np.ndarray[Any, Any]:
-    signal, rate = _pcm(file, content) if file.suffix.lower() == ".wav" else _flac(file, content)
-    if rate != SAMPLING_RATE:
-        raise RocketError(f"{file}: is sampled at {rate} Hz, not at 16000; convert it: ffmpeg -i IN -ar 16000 OUT")
-    mono: np.ndarray[Any, Any] = signal.mean(axis=1, dtype=np.float32)
-    return mono
-
-
-def _pcm(file: Path, content: bytes) -> tuple[np.ndarray[Any, Any], int]:
-    """(signal [n, channels], Hz) of a 16-bit WAV file."""
-    try:
-        with wave.open(io.BytesIO(content)) as reader:
-            if reader.getsampwidth() != 2:
-                raise RocketError(f"{file}: has {8 * reader.getsampwidth()} bits a sample, not 16; convert it")
-            frames = np.frombuffer(reader.readframes(reader.getnframes()), "<i2")
-            return frames.reshape(-1, reader.getnchannels()) / np.float32(2**15), reader.getframerate()
-    except (wave.Error, EOFError) as error:
-        raise RocketError(f"{file}: no WAV file of 16-bit samples ({error}); convert it") from error
-
-
-def _flac(file: Path, content: bytes) -> tuple[np.ndarray[Any, Any], int]:
+def _flac(file: Path, content: bytes) -> Audio:
     try:
         import soundfile
     except ImportError:
         raise RocketError(f"{file}: reading FLAC needs a package: pip install soundfile") from None
-    signal, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
-    return signal, rate
+    try:
+        return as_mono(*soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True))
+    except soundfile.SoundFileError as error:
+        raise RocketError(f"{file}: no FLAC file that can be read ({error}); write it again or remove it") from error

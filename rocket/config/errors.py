@@ -6,3 +6,12 @@ class RocketError(Exception):
 
     Command line tools print the line and exit with code 2; nothing written before is lost.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, to quote in one of ours.
+
+    >>> first_line(ValueError("no such tensor\\nStack: ..."))
+    'no such tensor'
+    """
+    return str(error).strip().split("\n")[0]

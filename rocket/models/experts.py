@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 from rocket.models.expert_linears import EAGER, LAYOUTS, ExpertLinears
 from rocket.models.mode import evaluation_mode
 from rocket.models.structure import find_blocks
@@ -178,7 +178,7 @@ def _record_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         with evaluation_mode(model):
             model(**inputs)
     except Exception as error:
-        return f"the model does not run on its dummy_inputs ({_first_line(error)})"
+        return f"the model does not run on its dummy_inputs ({first_line(error)})"
     finally:
         for handle in handles:
             handle.remove()
@@ -205,7 +205,7 @@ def _try_layouts(module: nn.Module, call: _Call | None) -> str | None:
                 return None
             reasons.append("with layers of their own it returns something else")
         except Exception as error:
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
         _put_back(module, parameters)
     return "; ".join(dict.fromkeys(reasons))
 
@@ -227,7 +227,3 @@ def _put_back(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) 
         module._modules.pop(name, None)
     module._parameters.clear()
     module._parameters.update(parameters)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

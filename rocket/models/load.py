@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
 from rocket.models.auto import open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
@@ -72,13 +72,13 @@ def _open(
                 refuse_quantized(name, config)
             model = open_model(source, config, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise RocketError(f"model.path={name!r} is no model that can be opened: {_first_line(error)}") from error
+        raise RocketError(f"model.path={name!r} is no model that can be opened: {first_line(error)}") from error
     try:
         return model, open_processor(source, model, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         raise RocketError(
             f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -129,7 +129,7 @@ def identify_model(config: ModelConfig) -> str:
                 location.source, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
-            raise RocketError(f"model.path={config.path!r} is no model: {_first_line(error)}") from error
+            raise RocketError(f"model.path={config.path!r} is no model: {first_line(error)}") from error
         digest.update(f"{location.source}@{getattr(remote, '_commit_hash', None) or config.revision}".encode())
         return digest.hexdigest()
     files = [directory / location.file] if location.file else sorted(directory.glob("*"))
@@ -169,7 +169,3 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         if getattr(model, attribute, None) is not None:
             delattr(model, attribute)
     model.is_quantized = False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -1,11 +1,10 @@
 """A path: a .txt, .jsonl or .parquet file, or a folder of them."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rocket.config.errors import RocketError
-from rocket.data.sources.rows import no_such_field, text_of
+from rocket.data.sources.rows import json_rows, no_such_field, text_of
 from rocket.data.splits import Corpus
 
 Reader = Callable[[Path, str], Iterator[str]]
@@ -53,18 +52,8 @@ def _paragraphs(path: Path, _text_field: str) -> Iterator[str]:
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RocketError(f"{where}: not valid JSON ({error.msg}); correct or remove the line") from error
-            if not isinstance(row, dict):
-                raise RocketError(f"{where}: not a JSON object; each line must be one, like {{{text_field!r}: ...}}")
-            yield text_of(row, text_field, where)
+    for where, row in json_rows(path, f"{{{text_field!r}: ...}}"):
+        yield text_of(row, text_field, where)
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[str]:

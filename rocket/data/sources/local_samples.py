@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rocket.config.errors import RocketError
 from rocket.data.samples import Sample, SampleCorpus, key_of
 from rocket.data.sources.audio import Audio, as_mono, read_wav
+from rocket.data.sources.rows import json_rows
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 AUDIO = (".wav", ".flac")
 KINDS = ("image", "audio")
 METADATA = "metadata.jsonl"
+METADATA_ROW = '{"file": "clip.wav", "text": "..."}'
+ROW = '{"image": "cat.jpg", "text": "..."}'
 
 
 def holds_samples(path: Path) -> bool:
@@ -42,7 +45,7 @@ def referenced_files(path: Path) -> list[Path]:
     """The files that a source of samples consists of, sorted."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    values = [row.get(kind) for _, row in _rows(path) for kind in KINDS]
+    values = [row.get(kind) for _, row in json_rows(path, ROW) for kind in KINDS]
     return [path, *sorted({path.parent / value for value in values if isinstance(value, str)})]
 
 
@@ -62,15 +65,15 @@ def _transcripts(path: Path) -> dict[Path, str]:
     if not metadata.is_file():
         return {}
     texts = {}
-    for where, row in _rows(metadata):
+    for where, row in json_rows(metadata, METADATA_ROW):
         if not isinstance(row.get("file"), str) or not isinstance(row.get("text"), str):
-            raise RocketError(f'{where}: must have a file and a text, like {{"file": "clip.wav", "text": "..."}}')
+            raise RocketError(f"{where}: must have a file and a text, like {METADATA_ROW}")
         texts[path / row["file"]] = row["text"]
     return texts
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Sample]]:
-    for where, row in _rows(path):
+    for where, row in json_rows(path, ROW):
         kind = next((kind for kind in KINDS if isinstance(row.get(kind), str)), None)
         if kind is None:
             raise RocketError(f"{where}: names no image and no audio file; each line must")
@@ -78,21 +81,6 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Sample]]:
         if not isinstance(text, str | None) or not isinstance(label, int | None):
             raise RocketError(f"{where}: text must be a string and label a whole number")
         yield _sample(path.parent / row[kind], kind, text, label)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) of each line."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RocketError(f"{path}:{number}: not valid JSON ({error.msg}); correct or remove it") from error
-            if not isinstance(row, dict):
-                raise RocketError(f"{path}:{number}: not a JSON object")
-            yield f"{path}:{number}", row
 
 
 def _sample(file: Path, kind: str, text: str | None, label: int | None) -> tuple[str, Sample]:

@@ -1,9 +1,31 @@
-"""The text of one row of a table."""
+"""Rows of a .jsonl file, and the text of one row of a table."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rocket.config.errors import RocketError
+
+
+def json_rows(path: Path, example: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) of each line that is not blank; ``example`` is what a line could be.
+
+    Raises:
+        RocketError: A line is no JSON object.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RocketError(f"{where}: not valid JSON ({error.msg}); correct or remove the line") from error
+            if not isinstance(row, dict):
+                raise RocketError(f"{where}: not a JSON object; each line must be one, like {example}")
+            yield where, row
 
 
 def text_of(row: Mapping[str, Any], field: str, where: str) -> str:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rocket.calib.positions import Positions
 from rocket.config.errors import RocketError
-from rocket.models.inputs import IGNORED, Batch, is_causal_lm, is_encoder_decoder, labels_of, run_forward
+from rocket.models.inputs import IGNORED, Batch, is_encoder_decoder, label_scores, labels_of, run_forward
 
 
 def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -33,7 +33,8 @@ def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tup
         labels = labels_of(model, batch)
         if labels is None or labels.shape != logits.shape[:-1]:
             return _own_predictions(logits, positions.mask(logits.shape[:-1], is_encoder_decoder(model)), generator)
-        return _cross_entropy(logits, labels.to(logits.device), shifted=is_causal_lm(model))
+        scores, targets = label_scores(model, logits, labels)
+        return F.cross_entropy(scores, targets, reduction="sum"), int((labels != IGNORED).sum())
     features = [positions.select(part, is_encoder_decoder(model)).float() for part in _features(output)]
     if not features:
         raise RocketError(
@@ -42,15 +43,6 @@ def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tup
         )
     value = torch.stack([(part * _signs(part, generator)).sum() for part in features]).sum()
     return value, 0.5 * sum(float(part.detach().double().square().sum()) for part in features)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, shifted: bool) -> tuple[Tensor, float]:
-    """The summed loss of the labels; ``shifted``: each position predicts the label after its own."""
-    terms = int((labels != IGNORED).sum())
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
-    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"), terms
 
 
 def _own_predictions(logits: Tensor, counted: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:

@@ -15,8 +15,15 @@ from rocket.data import Sample
 from rocket.evaluation.features import agreement, class_accuracy, features_of_model
 from rocket.evaluation.perplexity import evaluating
 from rocket.evaluation.wer import difference, word_error_rate
-from rocket.models import Batch, forward_arguments, is_causal_lm, is_encoder_decoder, labels_of, run_forward
-from rocket.models.inputs import IGNORED
+from rocket.models import (
+    Batch,
+    forward_arguments,
+    is_causal_lm,
+    is_encoder_decoder,
+    label_scores,
+    labels_of,
+    run_forward,
+)
 
 NEIGHBOURS = 5
 
@@ -78,13 +85,9 @@ def _perplexity(subject: Subject) -> Measurement:
     loss, count = 0.0, 0
     with evaluating(subject.model):
         for batch in subject.batches:
-            logits = run_forward(subject.model, batch).logits
             labels = labels_of(subject.model, batch)
             assert labels is not None
-            if is_causal_lm(subject.model):
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            counted = labels != IGNORED
-            scores, targets = logits[counted.to(logits.device)].float(), labels[counted].to(logits.device)
+            scores, targets = label_scores(subject.model, run_forward(subject.model, batch).logits, labels)
             loss += float(F.cross_entropy(scores, targets, reduction="none").double().sum())
             count += len(targets)
     mean = loss / max(count, 1)

@@ -7,7 +7,7 @@ x, values, dictionary, weight and bias share one dtype and device; all but x mus
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ faster: the prototype's crossover lay between 8 and 16."""
 SCRATCH_BYTES = 8 << 20
 """Weights expanded at a time for larger batches: few enough to stay in cache, and in memory that the allocator keeps,
 until they are multiplied; many enough for a product at full speed."""
+
+Tensors: TypeAlias = Sequence[Tensor]
+Biases: TypeAlias = Sequence[Tensor | None]
 
 _library = torch.library.Library("rocket", "DEF")
 for _schema in (
@@ -66,12 +69,7 @@ def sparse_linear(
 
 
 def sparse_linears(
-    x: Tensor,
-    values: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    cols: int,
-    biases: Sequence[Tensor | None],
+    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Biases
 ) -> list[Tensor]:
     """`sparse_linear` of one x with several matrices of as many columns, in one parallel pass over all their rows."""
     result: list[Tensor] = _sparse_linears(x, values, masks, offsets, cols, biases)
@@ -139,12 +137,7 @@ def _sparse_linear_torch(
 
 
 def _sparse_linears_torch(
-    x: Tensor,
-    values: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    cols: int,
-    biases: Sequence[Tensor | None],
+    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Biases
 ) -> list[Tensor]:
     parts = zip(values, masks, offsets, biases, strict=True)
     return [sparse_linear(x, value, mask, starts, cols, bias) for value, mask, starts, bias in parts]
@@ -181,12 +174,7 @@ def _sparse_linear_cpu(
 
 
 def _sparse_linears_cpu(
-    x: Tensor,
-    values: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    cols: int,
-    biases: Sequence[Tensor | None],
+    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Biases
 ) -> list[Tensor]:
     kernels = library.load()
     if kernels is None or x.dtype not in library.TYPES or _batch(x) > MAX_KERNEL_BATCH:
@@ -195,13 +183,7 @@ def _sparse_linears_cpu(
 
 
 def _sparse_products(
-    kernels: library.Kernels,
-    x: Tensor,
-    values: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    cols: int,
-    biases: Sequence[Tensor | None],
+    kernels: library.Kernels, x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Biases
 ) -> list[Tensor]:
     x = x.contiguous()
     outputs: list[Tensor] = []
@@ -335,12 +317,7 @@ def _sparse_linear_fake(
 
 
 def _sparse_linears_fake(
-    x: Tensor,
-    values: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    cols: int,
-    biases: Sequence[Tensor | None],
+    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Biases
 ) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], mask.shape[0])) for mask in masks]
 

@@ -129,6 +129,19 @@ def labels_of(model: nn.Module, batch: Batch) -> Tensor | None:
     return ids.masked_fill(hidden, IGNORED)
 
 
+def label_scores(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores [n, vocabulary] in float32 and the labels [n] of all positions that have one.
+
+    A causal language model scores a label at the position before it. ``logits`` are [..., vocabulary], ``labels``
+    [...]; only the scores that count are made float32.
+    """
+    if is_causal_lm(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = labels.to(logits.device)
+    counted = labels != IGNORED
+    return logits[counted].float(), labels[counted]
+
+
 def _placeholders(model: nn.Module, ids: Tensor) -> Tensor:
     """True where a token stands for a piece of an image, a video or audio."""
     config = getattr(model, "config", None)

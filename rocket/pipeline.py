@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
 from rocket.calib import (
@@ -31,15 +29,7 @@ from rocket.calib import (
 from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
 from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
-from rocket.evaluation import (
-    Score,
-    Subject,
-    fitting_metrics,
-    perplexity,
-    spread_windows,
-    window_losses_of,
-    zero_shot,
-)
+from rocket.evaluation import Evaluation, Score, evaluate, window_losses_of
 from rocket.models import (
     Batch,
     is_causal_lm,
@@ -297,21 +287,6 @@ def export_dense(session: Session) -> Path:
     return session.run.path / name
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured of one model.
-
-    ``perplexities`` by text source, ``accuracies`` by task, ``scores`` by source: of what is no text that a decoder
-    reads, or of other models than decoders. ``kept`` names the tensors of the original that scores of the compressed
-    model are relative to; they lie beside.
-    """
-
-    perplexities: dict[str, float]
-    accuracies: dict[str, dict[str, Any]]
-    scores: dict[str, list[Score]] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-
-
 def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     """The original and the compressed model, measured by what fits them. Writes evaluation/*.json.
 
@@ -326,7 +301,7 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     else:
         model, processor = open_checkpoint(path, session.config.model)
         with session.stage("evaluate compressed"):
-            compressed, _ = _evaluate(session, model, processor, kept)
+            compressed, _ = evaluate(session.config.evaluation, model, processor, kept)
         expected = session.evaluation_fingerprint(session.plan_fingerprint)
         session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
     return original, compressed
@@ -350,7 +325,7 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
     model, processor = session.loaded
     _check_sources(session)
     with session.stage("evaluate original"):
-        evaluation, kept = _evaluate(session, model, processor, None)
+        evaluation, kept = evaluate(session.config.evaluation, model, processor)
     if kept:
         session.run.write_tensors(_KEPT, expected, kept)
     session.run.write_json("evaluation/original.json", expected, asdict(evaluation))
@@ -363,66 +338,6 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
         return None
     scores = {source: [Score(**score) for score in scores] for source, scores in content.pop("scores").items()}
     return Evaluation(**content, scores=scores)
-
-
-def _evaluate(
-    session: Session, model: PreTrainedModel, processor: Any, reference: Mapping[str, Tensor] | None
-) -> tuple[Evaluation, dict[str, Tensor]]:
-    """What is measured, and what is to be kept. ``reference``: what was kept of the original, None if this is it."""
-    settings = session.config.evaluation
-    size = settings.batch_size
-    perplexities: dict[str, float] = {}
-    subjects: dict[str, Subject] = {}
-    for source in settings.texts:
-        documents = load_documents(source, "held_out", text_field=settings.text_field)
-        if is_causal_lm(model):
-            result = perplexity(
-                model,
-                tokenizer_of(processor),
-                documents.texts,
-                seq_len=settings.seq_len,
-                batch_size=size,
-                max_tokens=settings.max_tokens,
-            )
-            perplexities[source] = result.value
-            continue
-        windows = pack_tokens(documents.texts, tokenizer_of(processor), settings.seq_len, None, 0)
-        count = min(len(windows), max(1, (settings.max_tokens or windows.numel()) // settings.seq_len))
-        batches = token_batches(model, spread_windows(windows, count), size)
-        subjects[source] = Subject(model, processor, (), batches, size)
-    for source in settings.samples:
-        samples = load_samples(source, "held_out")
-        subjects[source] = Subject(model, processor, samples, sample_batches(model, processor, samples, size), size)
-    scores, kept = _measure(subjects, reference)
-    tasks = {}
-    if settings.tasks:
-        results = zero_shot(model, tokenizer_of(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
-        tasks = {task: asdict(result) for task, result in results.items()}
-    return Evaluation(perplexities, tasks, scores, sorted(kept)), kept
-
-
-def _measure(
-    subjects: Mapping[str, Subject], reference: Mapping[str, Tensor] | None
-) -> tuple[dict[str, list[Score]], dict[str, Tensor]]:
-    """Scores by source, and tensors to keep, named SOURCE/METRIC/NAME."""
-    scores: dict[str, list[Score]] = {}
-    kept: dict[str, Tensor] = {}
-    for source, subject in subjects.items():
-        metrics = fitting_metrics(subject)
-        if not metrics:
-            logger.warning("%s: no metric fits %s on it", source, type(subject.model).__name__)
-        scores[source] = []
-        for metric in metrics:
-            prefix = f"{source}/{metric.name}/"
-            known = None if reference is None else _beginning(reference, prefix)
-            found = metric.measure(replace(subject, reference=known))
-            scores[source] += found.scores
-            kept |= {prefix + name: value for name, value in found.kept.items()}
-    return scores, kept
-
-
-def _beginning(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from rocket.config import RocketError, load_config
-from rocket.pipeline import Evaluation, Summary
+from rocket.evaluation import Evaluation
+from rocket.pipeline import Summary
 from rocket.session import Session
 
 ConfigOption = Annotated[

@@ -37,32 +37,29 @@ class SharedInput:
         for index, layer in enumerate(self.layers):
             layer.shared_input, layer.place = self, index
 
-    def takes(self, inputs: Tensor) -> bool:
-        """Whether `product` is possible for these inputs, and worth it."""
-        if inputs.shape[:-1].numel() > ops.MAX_KERNEL_BATCH:
-            return False
-        return all(
-            layer.offsets is not None and layer.weight.dtype == inputs.dtype and layer.weight.device == inputs.device
-            for layer in self.layers
-        )
-
-    def product(self, layer: SparseLinear, inputs: Tensor) -> Tensor:
-        """x Wᵀ + bias of one of the layers."""
+    def product(self, layer: SparseLinear, inputs: Tensor) -> Tensor | None:
+        """x Wᵀ + bias of one of the layers; None where it is to multiply by itself."""
         pending, version = self._pending, _version(inputs)
         fresh = pending is not None and pending.inputs is inputs and pending.version == version
         if pending is None or not fresh or pending.outputs[layer.place] is None:
-            pending = _Pending(inputs, version, self._products(inputs))
+            outputs = self._products(inputs)
+            if outputs is None:
+                return None
+            pending = _Pending(inputs, version, outputs)
         output = pending.outputs[layer.place]
-        assert output is not None
         pending.outputs[layer.place] = None
         self._pending = pending if any(part is not None for part in pending.outputs) else None
         return output
 
-    def _products(self, inputs: Tensor) -> list[Tensor | None]:
-        values = [layer.weight for layer in self.layers]
-        masks = [layer.mask for layer in self.layers]
-        offsets = [layer.offsets for layer in self.layers if layer.offsets is not None]
-        biases = [layer.bias for layer in self.layers]
+    def _products(self, inputs: Tensor) -> list[Tensor | None] | None:
+        """All outputs; None if there are too many rows of input, or a layer that cannot take part in the product."""
+        if inputs.shape[:-1].numel() > ops.MAX_KERNEL_BATCH:
+            return None
+        values, masks, offsets, biases = zip(*(layer.packed() for layer in self.layers), strict=True)
+        if any(tensor is None for tensor in offsets):
+            return None
+        if any(tensor.dtype != inputs.dtype or tensor.device != inputs.device for tensor in values):
+            return None
         return list(ops.sparse_linears(inputs, values, masks, offsets, self.layers[0].in_features, biases))
 
     def dissolve(self) -> None:

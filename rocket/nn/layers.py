@@ -174,9 +174,16 @@ class SparseLinear(CompressedLinear):
             return F.linear(inputs, self.dense_weight(), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
             return macko.linear(self.macko, inputs, self.bias)
-        if self.shared_input is not None and self.shared_input.takes(inputs):
-            return self.shared_input.product(self, inputs)
+        if self.shared_input is not None:
+            output = self.shared_input.product(self, inputs)
+            if output is not None:
+                return output
         return ops.sparse_linear(inputs, self.weight, self.mask, offsets, self.in_features, self.bias)
+
+    def packed(self) -> tuple[Any, Any, Any, Any]:
+        """``weight``, ``mask``, ``offsets`` and ``bias``, without the detour that attributes of a module take."""
+        parameters, buffers = self._parameters, self._buffers
+        return parameters["weight"], buffers["mask"], self.offsets, parameters["bias"]
 
     def use_kernels(self, wanted: bool = True) -> None:
         super().use_kernels(wanted)

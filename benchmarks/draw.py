@@ -19,6 +19,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.tables import pivot
+
 TITLES = {"embedded": "calibration domain, held out", "embedded:boolq": "another domain (Wikipedia)"}
 METHODS = ["svd-llm", "paper", "rocket-dictionary", "wanda", "sparsegpt", "rocket"]
 Values = Mapping[tuple[str, str, float], Sequence[float]]
@@ -51,22 +53,6 @@ def collect(rows: Iterable[Mapping[str, Any]], field: str) -> Values:
         if row.get(field) is not None:
             found[row["method"], row["text"], row["target_removed_ratio"]].append(row[field])
     return found
-
-
-def table(values: Values, methods: Sequence[str]) -> str:
-    """Markdown: a line a method and text, a column a size, the mean over seeds."""
-    sizes = sorted({size for _, _, size in values})
-    lines = [
-        "| method | text | " + " | ".join(f"{size:.0%} removed" for size in sizes) + " |",
-        "| --- | --- |" + " --- |" * len(sizes),
-    ]
-    for method in methods:
-        for text in dict.fromkeys(text for _, text, _ in values):
-            cells = [values.get((method, text, size)) for size in sizes]
-            if any(cells):
-                means = [f"{statistics.mean(cell):.3f}" if cell else "" for cell in cells]
-                lines.append(f"| {method} | {text} | " + " | ".join(means) + " |")
-    return "\n".join(lines)
 
 
 def draw(values: Values, predicted: Values, methods: Sequence[str], path: Path) -> None:
@@ -107,7 +93,8 @@ def main() -> None:
         args.merge.write_text(merged + "\n", encoding="utf-8")
     rows = read_rows(args.results)
     values = collect(rows, "excess_loss")
-    print(table(values, args.methods))
+    choice = {"method": args.methods}
+    print(pivot(rows, ["method", "text"], ["excess_loss"], "target_removed_ratio", where=choice, format=".3f"))
     draw(values, collect(rows, "predicted_excess_loss"), args.methods, args.output)
     print(args.output)
 

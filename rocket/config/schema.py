@@ -57,7 +57,7 @@ class ModelConfig(Section):
     model:
       path: meta-llama/Llama-3.2-1B
       dtype: bfloat16
-      ignore: ["re:.*layers\\\\.0\\\\..*"]
+      ignore: ["re:.*layers[.]0[.].*"]
     ```
     """
 

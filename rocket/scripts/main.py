@@ -32,7 +32,10 @@ def plan(
     set_: SetOption = None,
     measure: Annotated[
         list[float] | None,
-        typer.Option(help="Build and measure the plan of this removed ratio, to correct the curve. At most twice."),
+        typer.Option(
+            metavar="RATIO",
+            help="Build and measure the plan of this removed ratio, to correct the curve. At most twice.",
+        ),
     ] = None,
 ) -> None:
     """Show what each size would cost before any is built, and the plan for the config's budget."""

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test test-models quality docs sanitize format clean
+.PHONY: help run test test-models quality docs release-check sanitize format clean
 
 # The first of these that can make virtual environments; the locks were resolved with 3.11.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -41,6 +41,9 @@ quality: $(INSTALLED) ## Lint, formatting, types, direction of imports
 docs: $(INSTALLED) ## Write what README and docs/ show of code and results, and the site into build/site
 	PYTHONPATH=. $(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+release-check: $(INSTALLED) ## Build wheel and sdist; install and try both in clean environments, with and without g++
+	$(BIN)/python tests/release.py
 
 sanitize: $(INSTALLED) ## Fuzz the CPU kernels under AddressSanitizer and UBSan; needs g++
 	$(BIN)/python tests/kernels/sanitize.py

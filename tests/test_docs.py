@@ -24,11 +24,13 @@ import numpy as np
 import pytest
 import torch
 import typer
+import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from typer.testing import CliRunner
 
+import rocket
 from rocket.allocation.plan import ALLOCATORS
 from rocket.config import load_config
 from rocket.data.sources import SAMPLE_SOURCES, SOURCES
@@ -37,7 +39,7 @@ from rocket.nn import LAYERS
 from rocket.scripts.main import main as rocket_command
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "json", "bibtex", "text"}
 NOT_RUN = re.compile(r"^<!-- not run: \S.* -->$", re.MULTILINE)
 REGISTRIES: list[dict[str, Any]] = [SOURCES, SAMPLE_SOURCES, ALLOCATORS, FORMS, LAYERS]
@@ -346,3 +348,10 @@ def test_every_result_file_is_in_the_results():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert f"<!-- source: {path.name} -->" in page, f"docs/results.md does not show {path.name}"
+
+
+def test_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == rocket.__version__
+    assert f"## [{rocket.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ from torch import nn
 from rocket.calib.collect import Calibration, collect_grams
 from rocket.calib.sensitivity import measure_sensitivities
 from rocket.models import Batch, LinearLayer
-from rocket.run import track
 
 SENSITIVITY_BATCH = 2
 
@@ -21,10 +20,9 @@ def calibrate(
     sensitivity_batches: Sequence[Batch] = (),
 ) -> Calibration:
     """Gram matrices over ``batches`` (keyword arguments of the model's forward); sensitivities over the second ones."""
-    calibration = collect_grams(model, layers, track(batches, "calibrate"))
+    calibration = collect_grams(model, layers, batches)
     if not sensitivity_batches:
         return calibration
-    known = calibration.known(layers)
     return calibration.with_sensitivities(
-        measure_sensitivities(model, known, track(sensitivity_batches, "sensitivities"), seen=calibration.seen())
+        measure_sensitivities(model, calibration.known(layers), sensitivity_batches, seen=calibration.seen())
     )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rocket.calib.experts import fill_experts
+from rocket.calib.experts import fill_experts, warn_of
 from rocket.calib.gram import GramAccumulator
 from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.models import Batch, LinearLayer, block_of, find_blocks, run_forward
+from rocket.models import Batch, Call, LinearLayer, block_of, find_blocks, run_forward, sweep
+from rocket.run import track
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,12 @@ class Calibration:
         )
 
 
-def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Batch]) -> Calibration:
+def collect_grams(
+    model: nn.Module,
+    layers: Mapping[str, LinearLayer],
+    batches: Iterable[Batch],
+    grams: MutableMapping[str, Tensor] | None = None,
+) -> Calibration:
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
     Padded positions (`Positions`) are left out. Layers that read the same tensor share one Gram;
@@ -74,92 +81,127 @@ def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: 
     Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
     token) are left out with a warning: nothing is known of them, so they stay as they are.
 
-    Memory: in² float64 and in² float32 for each distinct input, on the device of the layer; in² float32 of it stay.
+    All batches go through the model in step, block by block, and each block's matrices are put into ``grams`` (None: a
+    dict) when it is left. Memory: in² float64 for each distinct input of one block, on the device of its layers, the
+    hidden states of all batches, and what ``grams`` keeps, in² float32 for each.
     Raises RocketError naming layer and batch when activations are not finite, and when no layer is reached at all.
     """
-    collector = _Collector(model, layers)
+    batches = list(batches)
+    collector = _Collector(model, layers, batches, {} if grams is None else grams)
+    tasks = [partial(run_forward, model, batch, scores=False) for batch in batches]
     with collector, torch.inference_mode():
-        for number, batch in enumerate(batches):
-            collector.start_batch(number, batch)
-            run_forward(model, batch)
-    accumulators = collector.accumulators
-    inputs = collector.reached()
-    tokens = {name: accumulator.tokens for name, accumulator in accumulators.items()}
-    grams = {name: accumulators.pop(name).gram() for name in tokens}
-    fill_experts(layers, list(find_blocks(model)), inputs, grams, tokens)
-    missing = [name for name in layers if name not in inputs]
+        sweep(model, tasks, collector.visit)
+    calibration = collector.finish()
+    missing = [name for name in layers if name not in calibration.inputs]
     if missing:
         logger.warning(
             "%s and %d other layers saw no calibration token and stay as they are; more calibration data may help",
             missing[0],
             len(missing) - 1,
         )
-    return Calibration({name: inputs[name] for name in layers if name in inputs}, grams, tokens)
+    return calibration
 
 
 class _Collector:
-    """Hooks on layers (to see inputs) and on blocks (to forget which tensors were seen)."""
+    """Hooks on layers, to see their inputs while `sweep` visits their blocks."""
 
-    def __init__(self, model: Any, layers: Mapping[str, LinearLayer]) -> None:
-        blocks = find_blocks(model)
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[str, LinearLayer],
+        batches: Sequence[Batch],
+        grams: MutableMapping[str, Tensor],
+    ) -> None:
         self.model = model
         self.layers = layers
-        self.blocks = {name: blocks[name] for name in {block_of(layer, list(blocks)) for layer in layers}}
-        self.leaders: dict[str, str] = {}
-        self.accumulators: dict[str, GramAccumulator] = {}
+        self.inputs: dict[str, str] = {}
+        self.grams = grams
+        self.tokens: dict[str, int] = {}
+        self._blocks = list(find_blocks(model))
+        self._of_block: dict[str, dict[str, LinearLayer]] = {name: {} for name in self._blocks}
+        for name, layer in layers.items():
+            self._of_block[block_of(name, self._blocks)][name] = layer
+        self._accumulators: dict[str, GramAccumulator] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._decoder = decoder_name(model)
         self._of_media = layers_of_media(model, layers)
-        self._positions: Positions | None = None
-        self._encoded: Tensor | None = None
+        self._positions = [Positions(model, batch) for batch in batches]
+        self._encoded: dict[int, Tensor] = {}
+        self._short: dict[str, int] = {}
         self._batch = 0
+        self._progress = track(range(len(batches) * len(self._blocks)), "calibrate")
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Collector:
         if self._decoder is not None and hasattr(self.model, "get_encoder"):
             encoder = self.model.get_encoder()
             self._handles.append(encoder.register_forward_hook(lambda _, __, output: self._note_encoded(output[0])))
-        for block in self.blocks.values():
-            self._handles.append(block.register_forward_pre_hook(lambda *_: self._seen.clear()))
         for name, layer in self.layers.items():
             self._handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0])))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._seen.clear()
-        self._encoded = None
+        self._encoded.clear()
+        self._progress.close()
         for handle in self._handles:
             handle.remove()
 
-    def start_batch(self, number: int, batch: Batch) -> None:
-        self._batch = number
-        self._positions = Positions(self.model, batch)
-
     def _note_encoded(self, encoded: Tensor) -> None:
-        self._encoded = encoded
+        self._encoded[id(encoded)] = encoded
 
-    def reached(self) -> dict[str, str]:
-        """The leader of each layer that saw a token."""
-        if not self.leaders:
+    def visit(self, block: str, calls: Sequence[Call]) -> Iterator[Any]:
+        """Run a block on all batches, then work out its matrices."""
+        for call in calls:
+            self._batch = call.task
+            yield call.run()
+            self._seen.clear()
+            next(self._progress, None)
+        self._close(self._of_block[block])
+
+    def finish(self) -> Calibration:
+        """What is known of the layers that saw a token; those too whose blocks were never called as such."""
+        self._close(self.layers)
+        warn_of(self._short)
+        if not self.inputs:
             raise RocketError(f"{next(iter(self.layers))}: no calibration token reached this layer, nor any other")
-        return dict(self.leaders)
+        return Calibration(
+            {name: self.inputs[name] for name in self.layers if name in self.inputs}, self.grams, self.tokens
+        )
+
+    def _close(self, layers: Mapping[str, LinearLayer]) -> None:
+        """Turn the sums of these layers into Gram matrices; blocks that are called again add to them."""
+        leaders = [name for name in layers if name in self._accumulators]
+        tokens = {name: self._accumulators[name].tokens for name in leaders}
+        grams = {name: self._accumulators.pop(name).gram() for name in leaders}
+        if not grams:
+            return
+        inputs = {name: self.inputs[name] for name in layers if name in self.inputs}
+        self._short.update(fill_experts(layers, self._blocks, inputs, grams, tokens))
+        self.inputs.update(inputs)
+        for name in list(grams):
+            gram, count = grams.pop(name), tokens[name]
+            known = self.tokens.get(name, 0)
+            if known:
+                gram = (known * self.grams[name] + count * gram) / (known + count)
+            self.grams[name], self.tokens[name] = gram, known + count
 
     def _see(self, name: str, inputs: Tensor) -> None:
         if not inputs.numel():
             return
         leader = self._seen.setdefault(id(inputs), (inputs, name))[1]
-        if self.leaders.setdefault(name, leader) != leader:
+        if self.inputs.setdefault(name, leader) != leader:
             raise RocketError(
-                f"{name} shared its input with {self.leaders[name]} in an earlier batch and with {leader} in batch "
+                f"{name} shared its input with {self.inputs[name]} in an earlier batch and with {leader} in batch "
                 f"{self._batch}; add it to model.ignore"
             )
         if leader != name:
             return
         tokens = self._select(name, inputs)
-        if name not in self.accumulators:
-            self.accumulators[name] = GramAccumulator(tokens.shape[1], tokens.device)
+        if name not in self._accumulators:
+            self._accumulators[name] = GramAccumulator(tokens.shape[1], tokens.device)
         try:
-            self.accumulators[name].add(tokens)
+            self._accumulators[name].add(tokens)
         except ValueError:
             bad = int((~torch.isfinite(tokens)).any(dim=0).sum())
             raise RocketError(
@@ -172,7 +214,7 @@ class _Collector:
 
         A decoder's layers follow its own positions, but those that read the encoder's output the encoder's.
         """
-        if self._positions is None or name in self._of_media:
+        if name in self._of_media:
             return inputs.reshape(-1, inputs.shape[-1])
         in_decoder = self._decoder is not None and name.startswith(f"{self._decoder}.")
-        return self._positions.select(inputs, in_decoder and inputs is not self._encoded)
+        return self._positions[self._batch].select(inputs, in_decoder and id(inputs) not in self._encoded)

@@ -21,8 +21,10 @@ def fill_experts(
     inputs: dict[str, str],
     grams: dict[str, Tensor],
     tokens: dict[str, int],
-) -> None:
+) -> dict[str, int]:
     """Complete what calibration knows of experts by what it knows of their siblings, in place.
+
+    Returns the tokens that those saw which were completed.
 
     Arguments are as in `Calibration`. An expert with fewer than `TOKENS_A_FEATURE` tokens for each of its input
     features is filled up to so many by the mean Gram of all experts of its list, each token counted once. The
@@ -43,16 +45,22 @@ def fill_experts(
         for name, gram in fill_up(means, seen, experts, wanted).items():
             inputs[name], grams[name] = name, gram
             tokens[name] = short[name] = seen.get(name, 0)
-    if short:
-        fewest = min(short, key=lambda name: short[name])
-        logger.warning(
-            "%d inputs of experts saw fewer than %d calibration tokens a feature (the fewest: %s, %d) and are "
-            "calibrated on their siblings' tokens too; more calibration data may help",
-            len(short),
-            TOKENS_A_FEATURE,
-            fewest,
-            short[fewest],
-        )
+    return short
+
+
+def warn_of(short: Mapping[str, int]) -> None:
+    """Say which experts were completed (`fill_experts`), if any were."""
+    if not short:
+        return
+    fewest = min(short, key=lambda name: short[name])
+    logger.warning(
+        "%d inputs of experts saw fewer than %d calibration tokens a feature (the fewest: %s, %d) and are "
+        "calibrated on their siblings' tokens too; more calibration data may help",
+        len(short),
+        TOKENS_A_FEATURE,
+        fewest,
+        short[fewest],
+    )
 
 
 def expert_lists(

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-BLOCKS = 3
-CALLS_IN_FLOAT32 = 8
+PANELS = 3
+PANEL_ROWS = 2048
 
 
 class GramAccumulator:
-    """Sum of x xᵀ over tokens: in float32 over a few calls of `add`, in float64 over all.
+    """Sum of x xᵀ over tokens: each call of `add` in float32, their sum in float64.
+
+    So the order in which calls are summed, and over how many processes, all but never shows: a float64 sum of a few
+    hundred float32 numbers is exact unless they lie 2²⁰ apart.
 
     >>> accumulator = GramAccumulator(2, torch.device("cpu"))
     >>> accumulator.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
@@ -23,37 +26,48 @@ class GramAccumulator:
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self._total = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self._recent = torch.zeros(features, features, device=device)
-        self._calls = 0
+        rows = min(PANEL_ROWS, -(-features // PANELS))
+        self._features = features
+        self._panels = {
+            start: torch.zeros(min(rows, features - start), features - start, dtype=torch.float64, device=device)
+            for start in range(0, features, rows)
+        }
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add tokens [n, features]. Raises ValueError, and adds nothing, if any is not finite.
 
-        Only blocks on and above the diagonal are computed, two thirds of a full product.
+        Only panels of rows from the diagonal on are computed, two thirds of a full product or less.
         """
         exact_in_bfloat16 = inputs.dtype == torch.bfloat16
         inputs = inputs.float()
         if not torch.isfinite(inputs.sum()):
             raise ValueError("non-finite activations")
-        features = inputs.shape[1]
-        block = -(-features // BLOCKS)
         with _matmul_precision("medium" if exact_in_bfloat16 else "highest"):
-            for start in range(0, features, block):
-                self._recent[start : start + block, start:].addmm_(
-                    inputs[:, start : start + block].T, inputs[:, start:]
-                )
+            for start, panel in self._panels.items():
+                panel += inputs[:, start : start + len(panel)].T @ inputs[:, start:]
         self.tokens += len(inputs)
-        self._calls += 1
-        if self._calls % CALLS_IN_FLOAT32 == 0:
-            self._total += self._recent
-            self._recent.zero_()
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums so far, to be added to those of other processes in place."""
+        return list(self._panels.values())
 
     def gram(self) -> Tensor:
-        """The mean of x xᵀ over the tokens so far, [features, features] in float32."""
-        upper = (self._total + self._recent).triu()
-        return ((upper + upper.triu(1).T) / max(self.tokens, 1)).float()
+        """The mean of x xᵀ over the tokens, [features, features] in float32. Takes the sums away."""
+        gram: Tensor | None = None
+        for start in list(self._panels):
+            panel = self._panels.pop(start)
+            if gram is None:
+                gram = torch.empty(self._features, self._features, device=panel.device)
+            end = start + len(panel)
+            mean = (panel / max(self.tokens, 1)).float()
+            square = mean[:, : len(panel)].triu()
+            gram[start:end, start:end] = square + square.triu(1).T
+            gram[start:end, end:] = mean[:, len(panel) :]
+            gram[end:, start:end] = mean[:, len(panel) :].T
+        assert gram is not None
+        return gram
 
 
 @contextmanager
@@ -76,15 +90,20 @@ def pack_triangle(symmetric: Tensor) -> Tensor:
     >>> pack_triangle(torch.tensor([[1.0, 2.0], [2.0, 3.0]])).tolist()
     [1.0, 2.0, 3.0]
     """
-    rows, columns = torch.triu_indices(*symmetric.shape)
-    return symmetric[rows, columns]
+    return torch.cat([row[number:] for number, row in enumerate(symmetric)])
 
 
 def unpack_triangle(triangle: Tensor) -> Tensor:
     """The symmetric matrix of a vector made by `pack_triangle`."""
     size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
-    rows, columns = torch.triu_indices(size, size)
-    symmetric = triangle.new_zeros(size, size)
-    symmetric[rows, columns] = triangle
-    symmetric[columns, rows] = triangle
+    symmetric = triangle.new_empty(size, size)
+    start = 0
+    for number, row in enumerate(symmetric):
+        row[number:] = triangle[start : start + size - number]
+        start += size - number
+    for start in range(0, size, PANEL_ROWS):
+        end = min(start + PANEL_ROWS, size)
+        symmetric[end:, start:end] = symmetric[start:end, end:].T
+        square = symmetric[start:end, start:end]
+        square.copy_(square.triu() + square.triu(1).T)
     return symmetric

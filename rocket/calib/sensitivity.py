@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rocket.calib.experts import expert_lists, fill_up_sums
 from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
-from rocket.models import Batch, LinearLayer, features_of, find_blocks, without_cache
+from rocket.models import Batch, Call, LinearLayer, features_of, find_blocks, hold, is_streamed, sweep
+from rocket.run import track
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ def measure_sensitivities(
 
     ``batches`` are keyword arguments of the model's forward; the objective and the number of its terms are those of
     `objective`, for a language model the loss and the tokens that it is summed over. Only gradients of activations are
-    computed and blocks are recomputed, so memory is one block's activations plus one hidden state a block.
+    computed and blocks are recomputed, so memory is one block's activations plus one hidden state a block; of one
+    batch, or of all where the weights of a block are only in memory for a while and all batches pass it in step.
 
     Together with the Gram matrices, ½ Σ_j φ_j E[(δ_j x)²] predicts the increase of the loss per term when row j of a
     weight changes by δ_j: the second-order term of the loss with the empirical Fisher information (the labels are the
@@ -49,17 +51,21 @@ def measure_sensitivities(
     Layers that no gradient reaches are left out with a warning. Raises RocketError when it reaches none, or is not
     finite. ``seed`` is of the random signs and labels of models without labels.
     """
+    batches = list(batches)
+    blocks = find_blocks(model)
     sums = {name: torch.zeros(features_of(layer)[0], dtype=torch.float64) for name, layer in layers.items()}
     tokens = dict.fromkeys(layers, 0)
     terms = 0.0
-    generator = torch.Generator().manual_seed(seed)
-    with _gradients_of_outputs(model, layers, sums, tokens), without_cache(model), torch.enable_grad():
-        for batch in batches:
-            value, count = objective(model, batch, generator)
-            if value.requires_grad:
-                value.backward()
-            terms += count
-    for experts in expert_lists(layers, tokens, list(find_blocks(model))):
+    at_once = len(batches) if is_streamed(model) else 1
+    progress = track(range(2 * len(batches) * len(blocks)), "sensitivities")
+    with _gradients_of_outputs(model, layers, sums, tokens), torch.enable_grad():
+        for start in range(0, len(batches), max(at_once, 1)):
+            chain = _Chain(model, progress)
+            numbers = range(start, min(start + at_once, len(batches)))
+            terms += sum(sweep(model, [partial(_score, model, batches[n], seed + n) for n in numbers], chain.visit))
+            chain.run_back()
+    progress.close()
+    for experts in expert_lists(layers, tokens, list(blocks)):
         sums.update(fill_up_sums(sums, tokens, experts, EXPERT_TOKENS, tokens if seen is None else seen))
     sensitivities = {name: (total / max(terms, 1e-30)).float() for name, total in sums.items()}
     reached = {name: values for name, values in sensitivities.items() if values.any()}
@@ -85,18 +91,112 @@ def _check(reached: Mapping[str, Tensor], layers: Iterable[str]) -> None:
             raise RocketError(f"{name}: the backward pass gave non-finite gradients; use model.dtype=float32")
 
 
+def _score(model: nn.Module, batch: Batch, seed: int) -> float:
+    """The number of terms of a batch's objective, whose gradient goes back to the last blocks' outputs."""
+    value, terms = objective(model, batch, torch.Generator().manual_seed(seed))
+    if value.requires_grad:
+        value.backward(retain_graph=True)
+    return terms
+
+
+class _Cut(torch.autograd.Function):
+    """What a block returned, as the beginning of a new graph, which gives its gradient to ``gather``."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, output: list[Tensor], gather: Callable[[Tensor], None]) -> Tensor:
+        ctx.gather = gather
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.gather(gradients[0])
+        return None, None, None
+
+
+class _Step:
+    """One call of a block, whose output is cut off from what was before it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._gradients: list[Tensor | None] = []
+
+    def run(self) -> Any:
+        with torch.no_grad():
+            output = self._call.run()
+        return tree_map_only(Tensor, self._cut, output)
+
+    def _cut(self, output: Tensor) -> Tensor:
+        number = len(self._gradients)
+        self._gradients.append(None)
+
+        def gather(gradient: Tensor) -> None:
+            before = self._gradients[number]
+            self._gradients[number] = gradient if before is None else before + gradient
+
+        if not output.is_floating_point():
+            return output
+        result: Tensor = _Cut.apply(torch.zeros((), requires_grad=True), [output], gather)  # type: ignore[no-untyped-call]
+        return result
+
+    def run_back(self) -> None:
+        """Run the block again, with a graph, and pass its outputs' gradients on to what its inputs come from."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def copy(tensor: Tensor) -> Tensor:
+            detached = tensor.detach().requires_grad_(tensor.requires_grad)
+            if tensor.requires_grad:
+                pairs.append((tensor, detached))
+            return detached
+
+        if all(gradient is None for gradient in self._gradients):
+            return
+        args, kwargs = tree_map_only(Tensor, copy, (self._call.args, dict(self._call.kwargs)))
+        # What enters a first block starts the graph, as no weight does.
+        given = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
+        next(value for value in given if isinstance(value, Tensor) and value.is_floating_point()).requires_grad_()
+        outputs = [leaf for leaf in tree_leaves(self._call.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        reached = [
+            (output, gradient)
+            for output, gradient in zip(outputs, self._gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
+        for origin, tensor in pairs:
+            if tensor.grad is not None:
+                torch.autograd.backward(origin, tensor.grad, retain_graph=True)
+
+
+class _Chain:
+    """The blocks of a sweep in the order of their visits, to be gone through again from the last one on."""
+
+    def __init__(self, model: nn.Module, progress: Iterator[int]) -> None:
+        self._model, self._progress = model, progress
+        self._visits: list[tuple[str, list[_Step]]] = []
+
+    def visit(self, block: str, calls: Sequence[Call]) -> Iterator[Any]:
+        steps: list[_Step] = []
+        self._visits.append((block, steps))
+        for call in calls:
+            steps.append(_Step(call))
+            next(self._progress, None)
+            yield steps[-1].run()
+
+    def run_back(self) -> None:
+        while self._visits:
+            block, steps = self._visits.pop()
+            with hold(self._model, block):
+                for step in steps:
+                    step.run_back()
+                    next(self._progress, None)
+
+
 @contextmanager
 def _gradients_of_outputs(
     model: nn.Module, layers: Mapping[str, LinearLayer], sums: dict[str, Tensor], tokens: dict[str, int]
 ) -> Iterator[None]:
-    """Hooks that add each output's squared gradient to ``sums`` and its positions to ``tokens``.
-
-    Weights are frozen, and blocks recomputed in the backward pass.
-    """
+    """Hooks that add each output's squared gradient to ``sums`` and its positions to ``tokens``; weights are frozen."""
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    blocks = find_blocks(model)
     handles: list[Any] = []
-    forwards: list[Any] = []
 
     def add(name: str, gradient: Tensor) -> None:
         gradient = gradient.reshape(-1, gradient.shape[-1])
@@ -109,27 +209,11 @@ def _gradients_of_outputs(
 
     try:
         model.requires_grad_(False)
-        for block in blocks.values():
-            handles.append(block.register_forward_pre_hook(_require_gradient, with_kwargs=True))
-            forwards.append(vars(block).get("forward"))
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for name, layer in layers.items():
             handles.append(layer.register_forward_hook(lambda _, __, output, name=name: watch(name, output)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for block, forward in zip(blocks.values(), forwards, strict=False):
-            del block.forward
-            if forward is not None:  # accelerate and others put theirs on the instance
-                block.forward = forward
         for parameter, value in required.items():
             parameter.requires_grad_(value)
-
-
-def _require_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The hidden state that enters the first block starts the graph, as no weight does."""
-    given = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
-    hidden = next((value for value in given if isinstance(value, Tensor) and value.is_floating_point()), None)
-    if hidden is not None and not hidden.requires_grad:
-        hidden.requires_grad_()

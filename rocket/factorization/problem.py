@@ -13,6 +13,7 @@ from rocket.factorization.basis import Basis, eigenbasis
 from rocket.factorization.whitening import Whitening, whiten
 
 Cost = Literal["weight", "activation", "loss"]
+COLUMNS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +73,21 @@ class LayerProblem:
         """
         if self.shrinkage == 0.0 and self.column_weights is None:
             return self
-        gram = (1.0 - self.shrinkage) * self.gram.double()
-        gram.diagonal().copy_(self.gram.diagonal())
+        gram = self.gram
+        if self.shrinkage:
+            gram = (1.0 - self.shrinkage) * gram
+            gram.diagonal().copy_(self.gram.diagonal())
         return replace(self, gram=gram, sensitivity=self.column_weights, shrinkage=0.0)
 
     @cached_property
     def whitening(self) -> Whitening:
         return whiten(self.gram)
+
+    @property
+    def damping(self) -> float:
+        """What fits needed for a positive definite Gram matrix (`whiten`); 0 if none of them was whitened."""
+        whitening = vars(self.tempered).get("whitening")
+        return 0.0 if whitening is None else whitening.damping
 
     @cached_property
     def column_weights(self) -> Tensor | None:
@@ -91,8 +100,11 @@ class LayerProblem:
     @cached_property
     def target(self) -> Tensor:
         """Z = S Wᵀ [in, out] in float64: what the factorization approximates; its columns scaled by √φ for ``loss``."""
-        target = self.whitening.root @ self.weight.double().T
-        return target if self.column_weights is None else target * self.column_weights
+        return self._whitened(self.whitening)
+
+    def _whitened(self, whitening: Whitening) -> Tensor:
+        target = whitening.root @ self.weight.double().T
+        return target if self.column_weights is None else target.mul_(self.column_weights)
 
     @cached_property
     def basis(self) -> Basis:
@@ -105,7 +117,12 @@ class LayerProblem:
 
         T is S Wᵀ, or Wᵀ for the cost ``weight``, rotated into its row space where that is smaller.
         """
-        target = self.weight.double().T if self.cost == "weight" else self.target
+        if self.cost == "weight":
+            target = self.weight.double().T
+        elif self.tempered is self:
+            target = self.target
+        else:  # nothing is fitted to this problem itself: its root is not needed again
+            target = self._whitened(whiten(self.gram))
         if target.shape[0] > target.shape[1]:
             target = torch.linalg.qr(target, mode="r").R
         return target.float()
@@ -128,7 +145,10 @@ class LayerProblem:
         delta = weight.double() - self.weight.double()
         if self.cost == "weight":
             return self.to_cost(float(delta.square().sum()))
-        row_errors = ((delta @ self.gram.double()) * delta).sum(dim=1)
+        row_errors = torch.zeros(self.out_features, dtype=torch.float64, device=delta.device)
+        for start in range(0, self.in_features, COLUMNS_AT_ONCE):
+            columns = slice(start, start + COLUMNS_AT_ONCE)
+            row_errors += ((delta @ self.gram[:, columns].double()) * delta[:, columns]).sum(dim=1)
         if self.column_weights is not None:
             row_errors = row_errors * self.column_weights.square()
         return self.to_cost(float(row_errors.sum()))

@@ -23,6 +23,8 @@ FIT_ITERATIONS = 5
 SAMPLE_STRIDE = 17
 SMALL = 100_000
 DAMPING = 1e-3
+ROWS_AT_ONCE = 2048
+KEPT_INVERSES = 8192
 
 
 def keep_about(scores: Tensor, count: int) -> Tensor:
@@ -68,19 +70,18 @@ def scale_problem(problem: LayerProblem) -> ScaledProblem:
 
     A thousandth of the mean diagonal is added to the Gram matrix, for inputs that calibration hardly saw.
     """
-    gram = problem.gram.double()
-    gram = (gram + gram.T) / 2
-    diagonal = gram.diagonal()
-    floor = DAMPING * float(diagonal.mean()) + torch.finfo(torch.float32).tiny
-    gram = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * floor
-    columns = (diagonal + floor).sqrt()
-    correlations = gram / columns[:, None] / columns
+    diagonal = problem.gram.diagonal().double()
+    columns = (diagonal + DAMPING * float(diagonal.mean()) + torch.finfo(torch.float32).tiny).sqrt()
+    correlations = torch.empty_like(problem.gram, dtype=torch.float32)
+    for rows, scaled in zip(problem.gram.split(ROWS_AT_ONCE), correlations.split(ROWS_AT_ONCE), strict=True):
+        start = scaled.storage_offset() // len(correlations)
+        scaled.copy_(rows.double() / columns[start : start + len(rows), None] / columns)
     correlations.fill_diagonal_(1.0)
-    rows = torch.ones(problem.out_features, dtype=torch.float64, device=gram.device)
+    outputs = torch.ones(problem.out_features, dtype=torch.float64, device=columns.device)
     if problem.column_weights is not None:
-        rows = problem.column_weights
-    weight = problem.weight.double() * rows[:, None] * columns
-    return ScaledProblem(weight.float(), correlations.float(), rows, columns)
+        outputs = problem.column_weights
+    weight = problem.weight.double() * outputs[:, None] * columns
+    return ScaledProblem(weight.float(), correlations, outputs, columns)
 
 
 def keep_top(scores: Tensor, count: int) -> Tensor:
@@ -104,7 +105,8 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
 class Quadratic:
     """½ tr(X N Xᵀ) - tr(X Bᵀ): ``linear`` is B [rows, n], ``gram`` is N [n, n].
 
-    The inverses that ADMM needs depend on neither the number of non-zeros nor the start, and are kept.
+    The inverses that ADMM needs depend on neither the number of non-zeros nor the start, and are kept; of a matrix
+    beyond `KEPT_INVERSES`, only the last one.
     """
 
     def __init__(self, linear: Tensor, gram: Tensor) -> None:
@@ -115,6 +117,8 @@ class Quadratic:
     def damped_inverse(self, penalty: float) -> Tensor:
         """(N + ρI)⁻¹ [n, n]."""
         if penalty not in self._inverses:
+            if len(self.gram) > KEPT_INVERSES:
+                self._inverses.clear()
             damped = self.gram.clone()
             damped.diagonal().add_(penalty)
             self._inverses[penalty] = torch.cholesky_inverse(torch.linalg.cholesky(damped))

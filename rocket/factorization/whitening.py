@@ -37,6 +37,8 @@ class Whitening:
 def whiten(gram: Tensor) -> Whitening:
     """Square root of a Gram matrix [in, in], with the smallest damping that makes it positive definite.
 
+    Of the matrix, which is symmetric, one triangle is read. Memory: in² float64.
+
     Dead input channels, constant activations and fewer tokens than features all give a singular G; damping then
     escalates over `DAMPINGS`. Raises ValueError if G is not square or holds non-finite values.
 
@@ -46,22 +48,23 @@ def whiten(gram: Tensor) -> Whitening:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"a Gram matrix is square, got shape {tuple(gram.shape)}")
-    gram = gram.double()
-    gram = (gram + gram.T) / 2
-    bad_rows = (~torch.isfinite(gram)).any(dim=1)
+    bad_rows = ~torch.stack([row.isfinite().all() for row in gram])
     if bad_rows.any():
         first = int(bad_rows.nonzero()[0])
         raise ValueError(f"Gram matrix has {int(bad_rows.sum())} non-finite rows (first: {first})")
-    scale = float(gram.diagonal().mean())
+    scale = float(gram.diagonal().double().mean())
     if scale <= 0.0:
-        return Whitening(torch.eye(len(gram), dtype=gram.dtype, device=gram.device), triangular=True, damping=0.0)
+        return Whitening(torch.eye(len(gram), dtype=torch.float64, device=gram.device), triangular=True, damping=0.0)
+    # In columns, as LAPACK wants it: factored in place, as a wide layer's matrix takes gigabytes.
+    root = torch.empty_like(gram, dtype=torch.float64, memory_format=torch.contiguous_format).T
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
     for damping in DAMPINGS:
-        damped = gram.clone()
-        damped.diagonal().add_(damping * scale)
-        root, failed = torch.linalg.cholesky_ex(damped, upper=True)
+        root.copy_(gram)
+        root.diagonal().add_(damping * scale)
+        torch.linalg.cholesky_ex(root, upper=True, out=(root, failed))
         # Cholesky can succeed on a singular matrix by rounding luck; its inverse would then be noise.
         if not failed and float(root.diagonal().min()) ** 2 > 1e-14 * scale:
             return Whitening(root, triangular=True, damping=damping)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram.double())
     values = values.clamp(min=DAMPINGS[-1] * scale)
     return Whitening((vectors * values.sqrt()) @ vectors.T, triangular=False, damping=DAMPINGS[-1])

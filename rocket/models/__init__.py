@@ -27,10 +27,13 @@ from rocket.models.inputs import (
 from rocket.models.linear import LinearLayer, features_of, is_linear, make_linear, weight_of
 from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
 from rocket.models.mode import evaluation_mode
+from rocket.models.residence import hold, is_streamed, release_pages, stream
 from rocket.models.structure import block_of, find_blocks, target_layers
+from rocket.models.sweep import Call, sweep
 
 __all__ = [
     "Batch",
+    "Call",
     "ExpertLinears",
     "LinearLayer",
     "auto_class",
@@ -41,10 +44,12 @@ __all__ = [
     "find_blocks",
     "first_batches",
     "forward_arguments",
+    "hold",
     "identify_model",
     "is_causal_lm",
     "is_encoder_decoder",
     "is_linear",
+    "is_streamed",
     "label_scores",
     "labels_of",
     "load_model",
@@ -53,10 +58,13 @@ __all__ = [
     "open_model",
     "open_processor",
     "refuse_quantized",
+    "release_pages",
     "resolve_device",
     "restack_experts",
     "run_forward",
     "sample_batches",
+    "stream",
+    "sweep",
     "takes_media",
     "takes_text_alone",
     "target_layers",

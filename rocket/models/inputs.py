@@ -61,8 +61,10 @@ def takes_text_alone(model: nn.Module) -> bool:
     return "input_ids" in forward_arguments(model) and (not takes_media(model) or is_causal_lm(model))
 
 
-def run_forward(model: nn.Module, batch: Batch) -> Any:
+def run_forward(model: nn.Module, batch: Batch, scores: bool = True) -> Any:
     """The model's output for a batch, on its device and in its type, without a cache.
+
+    Without ``scores``, models that can leave out those of all tokens but the last do so.
 
     ``labels`` are passed on where the decoder's input is made from them, and nowhere else; ``attention_mask`` not to
     speech models that normalise over time (wav2vec2-base), which were trained without. What is no tensor is passed on.
@@ -74,6 +76,8 @@ def run_forward(model: nn.Module, batch: Batch) -> Any:
     arguments: dict[str, Any] = {name: _like(parameter, batch[name]) for name in batch if name not in unread}
     if "use_cache" in forward_arguments(model):
         arguments["use_cache"] = False
+    if not scores and "logits_to_keep" in forward_arguments(model):
+        arguments["logits_to_keep"] = 1
     with without_cache(model), _padding_token(model):
         return model(**arguments)
 

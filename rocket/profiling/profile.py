@@ -49,7 +49,7 @@ def profile_layer(
 ) -> LayerProfile:
     """All options of a layer, costs by ``problem.cost``. Time is that of the dictionary search: see `forms`."""
     options = tuple(option for form in forms for option in form.options(problem, settings))
-    damping = problem.whitening.damping
+    damping = problem.damping
     if damping > 0:
         logger.info("%s: Gram matrix damped by %.0e of its mean diagonal", layer, damping)
     return LayerProfile(layer, input_group, problem.in_features, problem.out_features, problem.cost, damping, options)

@@ -86,23 +86,66 @@ def test_shared_inputs_are_found(llama, token_ids):
     assert len(calibration.grams) == 8
 
 
-def test_sums_are_let_go_as_their_grams_are_read(llama, token_ids, monkeypatch):
+def test_matrices_of_a_block_are_handed_over_when_it_is_left(llama, token_ids, monkeypatch):
     model, layers = llama
-    alive, counts = weakref.WeakSet(), []
+    alive, counts, stored = weakref.WeakSet(), [], []
 
     class Watched(GramAccumulator):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             alive.add(self)
 
-        def gram(self):
+    class Store(dict):
+        def __setitem__(self, name, gram) -> None:
+            stored.append(name)
             counts.append(len(alive))
-            return super().gram()
+            super().__setitem__(name, gram)
 
     monkeypatch.setattr("rocket.calib.collect.GramAccumulator", Watched)
-    calibration = collect_grams(model, layers, [{"input_ids": token_ids}])
-    assert counts == [8, 7, 6, 5, 4, 3, 2, 1]
-    assert list(calibration.grams) == list(dict.fromkeys(calibration.inputs.values()))
+    store = Store()
+    calibration = collect_grams(model, layers, [{"input_ids": ids} for ids in token_ids.split(4)], store)
+    assert calibration.grams is store
+    assert stored == list(calibration.tokens) == list(dict.fromkeys(calibration.inputs.values()))
+    assert counts == [0] * 8  # no sums but those of one block are ever held
+
+
+def test_sums_hardly_depend_on_how_they_are_split():
+    inputs = torch.randn(4096, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
+    parts = inputs.split(256)
+    whole = GramAccumulator(70, torch.device("cpu"))
+    for part in parts:
+        whole.add(part)
+    shares = [GramAccumulator(70, torch.device("cpu")) for _ in range(3)]
+    for number, part in enumerate(parts):
+        shares[number % 3].add(part)
+    for share in shares[:0:-1]:
+        for total, more in zip(shares[0].sums, share.sums, strict=True):
+            total += more
+        shares[0].tokens += share.tokens
+    assert torch.equal(whole.gram(), shares[0].gram())
+
+
+def test_a_block_that_is_called_again_adds_to_its_matrices(token_ids):
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))])
+
+        def forward(self, x):
+            for _ in range(3):
+                for block in self.blocks:
+                    x = torch.tanh(block(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Again()
+    seen = []
+    handle = model.blocks[1][0].register_forward_pre_hook(lambda _, args: seen.append(flat(args[0])))
+    calibration = collect_grams(model, target_layers(model), [{"x": torch.randn(5, 4)} for _ in range(2)])
+    handle.remove()
+    tokens = torch.cat(seen).detach()
+    assert calibration.tokens["blocks.1.0"] == len(tokens) == 30
+    torch.testing.assert_close(calibration.gram("blocks.1.0").double(), tokens.T @ tokens / 30, rtol=1e-4, atol=1e-6)
 
 
 def test_equal_values_in_other_tensors_are_not_shared(token_ids):
@@ -173,10 +216,10 @@ def test_accumulator_is_exact_over_batches():
         accumulator.add(part)
     expected = inputs.double().T @ inputs.double() / 1000
     assert accumulator.tokens == 1000
-    torch.testing.assert_close(accumulator.gram().double(), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="non-finite"):
         accumulator.add(torch.full((1, 9), float("inf")))
     assert accumulator.tokens == 1000
+    torch.testing.assert_close(accumulator.gram().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -186,8 +229,9 @@ def test_gram_of_any_type_and_layout(dtype, features):
     accumulator = GramAccumulator(features, torch.device("cpu"))
     accumulator.add(inputs)
     expected = inputs.double().T @ inputs.double() / 20
-    torch.testing.assert_close(accumulator.gram().double(), expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(accumulator.gram(), accumulator.gram().T)
+    gram = accumulator.gram()
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(gram, gram.T)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])

@@ -166,7 +166,9 @@ def test_sensitivities_of_experts(ids, seen, routed):
 
     for name in gradients:
         layers[name].register_forward_hook(
-            lambda _, __, output, name=name: output.register_hook(lambda gradient: keep(name, gradient)) and None
+            lambda _, __, output, name=name: (
+                output.register_hook(lambda gradient: keep(name, gradient)) and None if output.requires_grad else None
+            )
         )
     if seen is not None:
         experts = {name: split_number(name, ["blocks.0", "blocks.1"])[1] for name in layers}

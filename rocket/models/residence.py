@@ -1,0 +1,111 @@
+"""Models larger than memory: weights stay in the checkpoint's files until a block needs them, and go when it is done.
+
+transformers maps safetensors into memory rather than reading them, where they need no conversion; so a model that was
+just opened takes no memory, and its weights come in page by page as they are used. What is left to do is to let the
+pages go again, and to copy weights to the accelerator for as long as they are needed there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rocket.models.structure import find_blocks
+
+MADV_PAGEOUT = 21
+
+
+def stream(model: nn.Module, device: torch.device) -> None:
+    """From now on the blocks of a model, on the CPU, come to ``device`` when they are called and go when they return.
+
+    Everything outside the blocks moves to ``device`` and stays.
+    """
+    blocks = find_blocks(model)
+    inside = {id(parameter) for block in blocks.values() for parameter in _tensors(block)}
+    for tensor in _tensors(model):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+    residence = _Residence(device)
+    for block in blocks.values():
+        block.register_forward_pre_hook(lambda block, _: residence.enter(block))
+        block.register_forward_hook(lambda block, *_: residence.leave(block))
+    model._residence = residence  # type: ignore[assignment]
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether `stream` was called for a model."""
+    return isinstance(getattr(model, "_residence", None), _Residence)
+
+
+@contextmanager
+def hold(model: nn.Module, block: str) -> Iterator[None]:
+    """While it lasts, the weights of a block are on the device; a model that is not streamed is left alone."""
+    residence: Any = getattr(model, "_residence", None)
+    if residence is None:
+        yield
+        return
+    module = model.get_submodule(block)
+    residence.enter(module, held=True)
+    try:
+        yield
+    finally:
+        residence.leave(module, held=True)
+
+
+class _Residence:
+    """The blocks that are on the device now, with where their tensors were."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: set[nn.Module] = set()
+        self._homes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def enter(self, block: nn.Module, held: bool = False) -> None:
+        if held:
+            self._held.add(block)
+        if self._device.type != "cpu" and block not in self._homes:
+            self._homes[block] = [(tensor, tensor.data) for tensor in _tensors(block)]
+            for tensor, home in self._homes[block]:
+                tensor.data = home.to(self._device)
+
+    def leave(self, block: nn.Module, held: bool = False) -> None:
+        if held:
+            self._held.discard(block)
+        if block in self._held:
+            return
+        for tensor, home in self._homes.pop(block, []):
+            tensor.data = home
+        release_pages(_tensors(block))
+
+
+def release_pages(tensors: Iterable[Tensor]) -> None:
+    """Give back the memory of tensors that lie in mapped files; the next use reads them again. Others are kept.
+
+    Linux only; elsewhere the system does so by itself when memory is short.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.numel():
+            start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+            _madvise()(start, end - start, MADV_PAGEOUT)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function

@@ -1,0 +1,121 @@
+"""Run a model on many batches in step: every batch reaches a block before any passes it.
+
+So the weights of a block are needed once for all batches, and what was collected in it is complete when it is left. The
+model's own code runs, whatever its architecture: each batch is a greenlet that waits where a block is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from rocket.models.inputs import without_cache
+from rocket.models.residence import hold
+from rocket.models.structure import find_blocks
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A block that a task wants called: ``task`` is its number, ``forward`` the block's forward."""
+
+    task: int
+    block: str
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def run(self) -> Any:
+        return self.forward(*self.args, **self.kwargs)
+
+
+def run_calls(block: str, calls: Sequence[Call]) -> Iterator[Any]:
+    """The visit of a block that does nothing but run it."""
+    for call in calls:
+        yield call.run()
+
+
+def sweep(
+    model: nn.Module,
+    tasks: Sequence[Callable[[], Result]],
+    visit: Callable[[str, Sequence[Call]], Iterable[Any]] = run_calls,
+) -> list[Result]:
+    """Results of the tasks, each of which runs the model once.
+
+    ``visit(block, calls)`` yields what each of the calls returns, in their order; all tasks that have come to a block
+    are in one visit of it. Memory: the hidden states of all batches, beside what the weights of one block take where
+    a model's weights do not stay in memory (`residence`). What a task raises ends all of them.
+    """
+    results: dict[int, Result] = {}
+    waiting: dict[int, tuple[greenlet, Call]] = {}
+
+    def advance(number: int, task: greenlet, *values: Any) -> None:
+        mode = torch.is_grad_enabled()
+        call = task.switch(*values)
+        torch.set_grad_enabled(mode)
+        if task.dead:
+            results[number] = call
+        else:
+            waiting[number] = (task, call)
+
+    with _calls_wait(find_blocks(model)) as start, without_cache(model):
+        for number, task in enumerate(tasks):
+            advance(number, start(number, task))
+        while waiting:
+            block = next(iter(waiting.values()))[1].block
+            group = [waiting.pop(number) for number in list(waiting) if waiting[number][1].block == block]
+            with hold(model, block):
+                outputs = iter(visit(block, [call for _, call in group]))
+                while group:
+                    output = next(outputs)
+                    task, call = group.pop(0)
+                    advance(call.task, task, output)
+                    del output, task, call
+                for _ in outputs:  # what a visit does after its last call
+                    pass
+    return [results[number] for number in range(len(tasks))]
+
+
+@contextmanager
+def _calls_wait(blocks: Mapping[str, nn.Module]) -> Iterator[Callable[[int, Callable[[], Any]], greenlet]]:
+    """While it lasts, blocks called within a greenlet hand a `Call` to the one that started it and wait for its output.
+
+    Gives what makes such a greenlet of a task and its number.
+    """
+    hub = getcurrent()
+    numbers: dict[greenlet, int] = {}
+    replaced: list[tuple[nn.Module, Any]] = []
+
+    def start(number: int, task: Callable[[], Any]) -> greenlet:
+        made = greenlet(task, parent=hub)
+        numbers[made] = number
+        return made
+
+    def wait(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        number = numbers.get(cast(greenlet, getcurrent()))
+        if number is None:
+            return forward(*args, **kwargs)
+        mode = torch.is_grad_enabled()
+        output = hub.switch(Call(number, name, forward, args, kwargs))
+        torch.set_grad_enabled(mode)
+        return output
+
+    try:
+        for name, block in blocks.items():
+            replaced.append((block, vars(block).get("forward")))
+            block.forward = partial(wait, name, block.forward)
+        yield start
+    finally:
+        for block, forward in replaced:
+            del block.forward
+            if forward is not None:  # accelerate and others put theirs on the instance
+                block.forward = forward
+        numbers.clear()

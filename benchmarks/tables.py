@@ -20,13 +20,14 @@ def pivot(
     where: Mapping[str, Sequence[Any]] | None = None,
     format: str = ".3g",
     spread: bool = False,
+    stacked: bool = False,
 ) -> str:
     """A Markdown table: a line for each combination of the fields ``rows``, a column for each value of ``columns``.
 
     ``columns`` is a number. A cell is the mean of a field of ``values`` over all results that belong there (seeds,
     say), with the least and the greatest behind it if ``spread``; results without the field are passed over. ``where``
     chooses by a field's values, and orders by the order that it names them in; else lines come as the results do.
-    Raises ValueError if nothing is left.
+    Several ``values`` stand side by side, or, ``stacked``, on a line each. Raises ValueError if nothing is left.
 
     >>> print(pivot([{"m": "a", "size": 0.2, "x": 1.0}, {"m": "a", "size": 0.2, "x": 2.0}], ["m"], ["x"], "size"))
     | m | size 0.2 |
@@ -40,18 +41,22 @@ def pivot(
             continue
         for value in values:
             if result.get(value) is not None:
-                line = found.setdefault(tuple(_key(result.get(field)) for field in rows), {})
-                line.setdefault((_key(result.get(columns)) if columns else None, value), []).append(result[value])
+                at = _key(result.get(columns)) if columns else None
+                key, head = tuple(_key(result.get(field)) for field in rows), (at, value)
+                if stacked:
+                    key, head = (*key, _words(value)), (at, "")
+                found.setdefault(key, {}).setdefault(head, []).append(result[value])
     if not found:
         raise ValueError(f"no result has {' or '.join(values)} where {dict(where)}")
     heads = list(dict.fromkeys(head for line in found.values() for head in line))
-    heads.sort(key=lambda head: (head[0] or 0.0, values.index(head[1])))
-    order = [where.get(field) for field in rows]
+    heads.sort(key=lambda head: (head[0] or 0.0, stacked or values.index(head[1])))
+    orders = [where.get(field) for field in rows]
     keys = sorted(
-        found, key=lambda key: [0 if o is None else o.index(part) for part, o in zip(key, order, strict=True)]
+        found, key=lambda key: [order.index(part) if order else 0 for part, order in zip(key, orders, strict=False)]
     )
-    titles = [_title(columns, *head, alone=len(values) == 1) for head in heads]
-    lines = [[*map(_words, rows), *titles], ["---"] * (len(rows) + len(heads))]
+    titles = [_title(columns, *head, alone=stacked or len(values) == 1) for head in heads]
+    names = [*map(_words, rows), *([""] if stacked else [])]
+    lines = [[*names, *titles], ["---"] * (len(names) + len(heads))]
     lines += [
         [*(_cell([part], "", False) for part in key), *(_cell(found[key].get(head), format, spread) for head in heads)]
         for key in keys

@@ -98,6 +98,16 @@ def test_every_marker_stands_before_a_block():
         assert len(NOT_RUN.findall(page.read_text(encoding="utf-8"))) == marked, page
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    inner = [child for token in tokens for child in token.children or ()]
+    targets = [str(token.attrs.get("href") or token.attrs.get("src") or "") for token in inner]
+    for target in targets:
+        if target and not target.startswith(("https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
 # What a block names exists.
 
 

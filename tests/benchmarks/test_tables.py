@@ -41,6 +41,16 @@ def test_several_values_and_sizes_in_words():
     assert pivot(rows, ["form"], ["low"], "removed_ratio").splitlines()[0] == "| form | 30 % removed |"
 
 
+def test_stacked_values():
+    rows = [{"predicted": 0.2, "measured": 0.1, "removed_ratio": 0.3}, {"measured": 0.4, "removed_ratio": 0.5}]
+    assert pivot(rows, [], ["predicted", "measured"], "removed_ratio", stacked=True).splitlines() == [
+        "|  | 30 % removed | 50 % removed |",
+        "| --- | --- | --- |",
+        "| predicted | 0.2 |  |",
+        "| measured | 0.1 | 0.4 |",
+    ]
+
+
 def test_words_stay_words():
     rows = [{"machine": "x", "kernel": "avx2", "at": None}, {"machine": "x", "kernel": "amx", "at": None}]
     assert pivot(rows, ["machine", "at"], ["kernel"]).splitlines()[2:] == ["| x |  | avx2, amx |"]

@@ -28,7 +28,7 @@ from benchmarks.harness import write_results
 from benchmarks.methods import UNTEMPERED, cospadi_layer
 from rocket.allocation import Planner, measure_size
 from rocket.calib import Calibration, collect_grams, measure_sensitivities
-from rocket.compression.compress import build_layer
+from rocket.compression import build_tensors
 from rocket.config import load_config
 from rocket.config.schema import AllocationConfig, ModelConfig, ProfilingConfig
 from rocket.data import load_documents, pack_tokens
@@ -96,7 +96,7 @@ def profile_and_build(
                 start = time.perf_counter()
                 layer = layers[name]
                 problem = calibration.problem(name, layer.weight, settings)
-                build_layer(layer, problem, option, name, plan)
+                build_tensors(layer, problem, option, plan)
                 note("build", layer, start)
     for (stage, shape), values in sorted(seconds.items()):
         rows.append(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import cospadi, evopress, learned, sparsegpt, strs, threebasil, wanda
 from rocket.allocation import MeasuredPoint, Plan, Planner, Prediction, measure_size
 from rocket.calib import SENSITIVITY_BATCH, Calibration, calibrate
-from rocket.compression.compress import build_layer
+from rocket.compression import build_tensors, make_layer
 from rocket.config import load_config
 from rocket.config.schema import AllocationConfig, ProfilingConfig
 from rocket.data import load_documents, pack_tokens
@@ -126,7 +126,7 @@ def of_plan(bench: Bench, plan: Plan) -> Compressed:
             continue
         linear = bench.layers[name]
         problem = bench.calibration.problem(name, linear.weight, plan.profiling)
-        layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
+        layer = make_layer(linear, build_tensors(linear, problem, option, plan), option, plan.input_groups[name])
         weights[name] = layer.float().dense_weight().detach().to(linear.weight.dtype)
     return Compressed(weights, plan.removed_ratio, plan.bytes_removed_ratio, forms_of(plan), plan.cost)
 

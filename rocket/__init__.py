@@ -16,7 +16,8 @@ from rocket.nn import RocketConfig, explain, optimize
 if TYPE_CHECKING:
     from rocket.allocation import Plan, Planner
     from rocket.api import plan
-    from rocket.compression import compress, merge
+    from rocket.compression.checkpoint import merge
+    from rocket.compression.compress import compress
 
 __version__ = "0.1.0"
 __all__ = ["Plan", "Planner", "RocketConfig", "RocketError", "compress", "explain", "merge", "optimize", "plan"]

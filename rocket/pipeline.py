@@ -10,11 +10,10 @@ nothing else: profiles do not depend on the budget, and a second size costs a pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
@@ -26,36 +25,27 @@ from rocket.calib import (
     pack_triangle,
     unpack_triangle,
 )
-from rocket.compression import compress, merge, save_checkpoint, stored_values
+from rocket.compression import build_tensors, compress, compressed_layers, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
-from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
 from rocket.evaluation import Evaluation, Score, evaluate, window_losses_of
-from rocket.models import (
-    Batch,
-    is_causal_lm,
-    open_checkpoint,
-    sample_batches,
-    takes_media,
-    takes_text_alone,
-    token_batches,
-    weight_of,
-)
-from rocket.models.inputs import tokenizer_of
+from rocket.material import calibrates_on_samples, calibration_batches, calibration_tokens, check_sources
+from rocket.models import LinearLayer, features_of, is_causal_lm, open_checkpoint, release_pages
 from rocket.profiling import LayerProfile, profile_layer
+from rocket.ranks import ranks
 from rocket.run import RunDirectory, Usage, fingerprint, track
 from rocket.session import Session
 
-HUB_DOCUMENTS_A_SAMPLE = 16
 MEASURING_WINDOWS = 32
 
 logger = logging.getLogger(__name__)
 
 
-class StoredGrams(Mapping[str, Tensor]):
-    """Gram matrices in the run directory, read one at a time."""
+class StoredGrams(MutableMapping[str, Tensor]):
+    """Gram matrices in the run directory, read and written one at a time."""
 
-    def __init__(self, run: RunDirectory, expected: str, names: Sequence[str]) -> None:
-        self._run, self._expected, self._names = run, expected, names
+    def __init__(self, run: RunDirectory, expected: str, names: Iterable[str] = ()) -> None:
+        self._run, self._expected = run, expected
+        self._names = dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -64,6 +54,14 @@ class StoredGrams(Mapping[str, Tensor]):
         if tensors is None:
             raise RocketError(f"{self._run.path / _gram_file(name)} is missing; delete calibration/ and run again")
         return unpack_triangle(tensors["gram"])
+
+    def __setitem__(self, name: str, gram: Tensor) -> None:
+        self._run.write_tensors(_gram_file(name), self._expected, {"gram": pack_triangle(gram)})
+        self._names[name] = None
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+        (self._run.path / _gram_file(name)).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -79,8 +77,8 @@ def _gram_file(name: str) -> str:
 def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     """Run the calibration set through the model: Gram matrices, and sensitivities if asked for.
 
-    Writes calibration/. Costs one forward pass (and a backward pass over ``calib.sensitivity_samples``); memory: the
-    model, and in² float64 and float32 values for each distinct layer input.
+    Writes calibration/. Costs one forward pass (and a backward pass over ``calib.sensitivity_samples``); for memory see
+    `collect_grams` and `measure_sensitivities`.
     """
     stored = _stored_calibration(session)
     if stored is not None:
@@ -88,75 +86,30 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
         return stored
     config, run, expected = session.config.calib, session.run, session.calibration_fingerprint
     model, layers = session.model, session.layers
-    _check_sources(session)
+    check_sources(session)
+    batches = calibration_batches(session)
     with session.stage("gather activations"):
-        batches = _calibration_batches(session)
-        calibration = collect_grams(model, layers, track(batches(None, config.batch_size), "calibrate"))
-        for name in list(calibration.grams):
-            run.write_tensors(_gram_file(name), expected, {"gram": pack_triangle(calibration.grams[name])})
+        material = batches(None, config.batch_size)
+        if len(material) < ranks.count:
+            raise RocketError(
+                f"{len(material)} batches cannot be shared by {ranks.count} processes; lower calib.batch_size"
+            )
+        calibration = collect_grams(model, layers, material, StoredGrams(run, expected))
     if config.sensitivity_samples:
         with session.stage("measure sensitivities"):
-            chosen = track(batches(config.sensitivity_samples, SENSITIVITY_BATCH), "sensitivities")
+            chosen = batches(config.sensitivity_samples, SENSITIVITY_BATCH)
             sensitivities = measure_sensitivities(model, calibration.known(layers), chosen, seen=calibration.seen())
-        run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
+        if session.leads:
+            run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
         calibration = calibration.with_sensitivities(sensitivities)
     size = measure_size(model, calibration.known(layers).values())
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}
-    run.write_json("calibration/index.json", expected, index)
+    if session.leads:
+        run.write_json("calibration/index.json", expected, index)
+    session.wait()
     stored = _stored_calibration(session)
     assert stored is not None
     return stored
-
-
-def _check_sources(session: Session) -> None:
-    """Whether the model takes what the config gives it: said before any work, not after."""
-    calib, evaluation = session.config.calib, session.config.evaluation
-    model = session.model
-    name = type(model).__name__
-    if not _calibrates_on_samples(session) and not takes_text_alone(model):
-        raise RocketError(f"calib.source={calib.source!r}: {name} reads no text alone; name images or speech")
-    if evaluation.texts and not takes_text_alone(model):
-        raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text alone; write [] and name samples")
-    if evaluation.samples and not takes_media(model):
-        raise RocketError(f"evaluation.samples={evaluation.samples}: {name} takes neither images nor speech; write []")
-    lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
-    if not _calibrates_on_samples(session):
-        lengths = {"calib.seq_len": calib.seq_len, **lengths}
-    for key, length in lengths.items():
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
-
-
-def _calibrates_on_samples(session: Session) -> bool:
-    return takes_media(session.model) and holds_samples(session.config.calib.source)
-
-
-def _calibration_batches(session: Session) -> Callable[[int | None, int], Sequence[Batch]]:
-    """(the first so many samples, how many a batch) -> batches."""
-    model, processor = session.loaded
-    config = session.config.calib
-    if not _calibrates_on_samples(session):
-        tokens = _calibration_tokens(session)
-        return lambda count, size: token_batches(model, tokens[:count], size)
-    samples = load_samples(config.source, "calibration")
-    if len(samples) < config.num_samples:
-        logger.warning("%s has only %d samples, not %d: using all", config.source, len(samples), config.num_samples)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
-    drawn = [samples[index] for index in order[: config.num_samples].tolist()]
-    return lambda count, size: sample_batches(model, processor, drawn[:count], size)
-
-
-def _calibration_tokens(session: Session, spare: int = 0) -> Tensor:
-    config = session.config.calib
-    documents = load_documents(
-        config.source,
-        "calibration",
-        text_field=config.text_field,
-        stream_limit=max(512, HUB_DOCUMENTS_A_SAMPLE * config.num_samples),
-    )
-    tokenizer = tokenizer_of(session.loaded[1])
-    return pack_tokens(documents.texts, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
 
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
@@ -183,15 +136,24 @@ def profile_layers(session: Session) -> Planner:
     missing = [name for name in stored if name not in profiles]
     if missing:
         layers = session.layers
+        costs = {name: _work(layers[name]) for name in missing}
         with session.stage("profile layers"):
-            for name in track(missing, "profile layers"):
-                problem = calibration.problem(name, weight_of(layers[name]), settings)
-                profiles[name] = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
-                run.write_json(_profile_file(name), expected, profiles[name].to_dict())
-    else:
-        session.skip("profile layers")
+            for name in track(session.my_share(costs), "profile layers"):
+                problem = calibration.problem(name, session.weight(name), settings)
+                profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
+                run.write_json(_profile_file(name), expected, profile.to_dict())
+            session.wait()
+        return profile_layers(session)
+    session.skip("profile layers")
     planner = Planner([profiles[name] for name in stored], size, settings, session.config.allocation, calibration)
     return replace(planner, measured=_stored_prices(session))
+
+
+def _work(layer: LinearLayer) -> float:
+    """About the time that a layer takes to profile or build, in units that all layers share."""
+    out_features, in_features = features_of(layer)
+    smaller = min(out_features, in_features)
+    return float(in_features) * in_features * (in_features + out_features) + 10.0 * smaller**3
 
 
 def _profile_file(name: str) -> str:
@@ -214,10 +176,10 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
         session.skip("measure prices")
         return planner
     model = session.model
-    if not is_causal_lm(model) or _calibrates_on_samples(session):
+    if not is_causal_lm(model) or calibrates_on_samples(session):
         raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
     with session.stage("measure prices"):
-        windows = _calibration_tokens(session, spare=MEASURING_WINDOWS)[session.config.calib.num_samples :]
+        windows = calibration_tokens(session, spare=MEASURING_WINDOWS)[session.config.calib.num_samples :]
         if not len(windows):
             raise RocketError("calibration used all its text; add text or lower calib.num_samples to measure prices")
         batches = windows.split(session.config.calib.batch_size)
@@ -260,16 +222,66 @@ def compress_model(session: Session) -> Path:
     if session.run.has_directory(session.checkpoint, session.plan_fingerprint):
         session.skip("compress")
         return path
-    model, processor = session.loaded
     with session.stage("compress"):
-        compressed = compress(model, plan, inplace=True)
-        session.release_model()
-        with session.run.new_directory(session.checkpoint, session.plan_fingerprint) as directory:
-            save_checkpoint(compressed, processor, directory)
-            stored = stored_values(directory, plan.choices)
-            if stored != plan.kept_target_parameters:
-                raise RocketError(f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}")
+        built = _build_layers(session, plan)
+        if session.leads:
+            model, processor = session.loaded
+            compressed = compress(model, plan, inplace=True, built=built)
+            session.release_model()
+            with session.run.new_directory(session.checkpoint, session.plan_fingerprint) as directory:
+                save_checkpoint(compressed, processor, directory)
+                stored = stored_values(directory, plan.choices)
+                if stored != plan.kept_target_parameters:
+                    raise RocketError(
+                        f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}"
+                    )
+            session.run.remove(_BUILT)
+    session.wait()
     return path
+
+
+_BUILT = "layers"
+
+
+def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Tensor]]:
+    """The tensors of every compressed layer. Writes layers/, which is kept until the checkpoint is complete.
+
+    One file a layer, so that a killed run loses the layer in work, and several processes can share the work.
+    """
+    run, expected, calibration = session.run, session.plan_fingerprint, plan.calibration
+    assert calibration is not None
+    chosen = compressed_layers(plan)
+    layers = session.layers
+    missing = [name for name in chosen if not run.has_tensors(_built_file(name), expected)]
+    for name in track(session.my_share({name: _work(layers[name]) for name in missing}), "build layers"):
+        problem = calibration.problem(name, session.weight(name), plan.profiling)
+        run.write_tensors(_built_file(name), expected, build_tensors(layers[name], problem, chosen[name], plan))
+    session.wait()
+    return BuiltLayers(run, expected, list(chosen))
+
+
+def _built_file(name: str) -> str:
+    return f"{_BUILT}/{name}.safetensors"
+
+
+class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
+    """The tensors of layers in the run directory, mapped into memory when asked for."""
+
+    def __init__(self, run: RunDirectory, expected: str, names: Sequence[str]) -> None:
+        self._run, self._expected, self._names = run, expected, names
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        tensors = self._run.read_tensors(_built_file(name), self._expected)
+        if tensors is None:
+            raise RocketError(f"{self._run.path / _built_file(name)} is missing; run again")
+        release_pages(tensors.values())
+        return tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def export_dense(session: Session) -> Path:
@@ -323,7 +335,7 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
         session.skip("evaluate original")
         return stored, kept
     model, processor = session.loaded
-    _check_sources(session)
+    check_sources(session)
     with session.stage("evaluate original"):
         evaluation, kept = evaluate(session.config.evaluation, model, processor)
     if kept:

@@ -178,6 +178,23 @@ class RunDirectory:
             raise RocketError(f"{path} is truncated or was edited; delete it and run again")
         return tensors
 
+    def has_tensors(self, name: str, expected: str) -> bool:
+        """Whether a safetensors artifact with the fingerprint is there; its tensors are not looked at."""
+        path = self.path / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                return (file.metadata() or {}).get("fingerprint") == expected
+        except (OSError, SafetensorError):
+            return False
+
+    def remove(self, name: str) -> None:
+        """Remove a file or folder of the run directory, if it is there."""
+        path = self.path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
     @contextmanager
     def new_directory(self, name: str, fingerprint: str) -> Iterator[Path]:
         """A folder to fill; it takes its name, with a manifest of its files, only when all is written."""

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
-from rocket.models import LinearLayer, identify_model, load_model, target_layers, unstack_experts
+from rocket.models import (
+    LinearLayer,
+    identify_model,
+    load_model,
+    resolve_device,
+    target_layers,
+    unstack_experts,
+    weight_of,
+)
+from rocket.ranks import ranks, shares
 from rocket.run import RunDirectory, Usage, fingerprint, measure
 
 logger = logging.getLogger(__name__)
@@ -62,6 +72,23 @@ class Session:
     @cached_property
     def layers(self) -> dict[str, LinearLayer]:
         return target_layers(self.model, self.config.model.targets, self.config.model.ignore)
+
+    def weight(self, layer: str) -> Tensor:
+        """The weight [out, in] of a layer, where it is to be worked on."""
+        return weight_of(self.layers[layer]).to(resolve_device(self.config.model.device))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what only one of several does: it is the first."""
+        return ranks.rank == 0
+
+    def my_share(self, costs: Mapping[str, float]) -> list[str]:
+        """What of the work, by name, is this process's own."""
+        return shares(costs, ranks.count)[ranks.rank]
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        ranks.gather(None)
 
     def release_model(self) -> None:
         """Forget the original model, so that it and the compressed one need not be in memory together."""

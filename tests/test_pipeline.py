@@ -172,6 +172,26 @@ def test_killed_while_profiling(write_config, monkeypatch):
     assert sorted(third) == sorted([first[0], second[0]])
 
 
+def test_killed_while_building(write_config, monkeypatch):
+    path = write_config()
+    built = []
+    build = pipeline.build_tensors
+
+    def counting(linear, problem, option, plan):
+        built.append(problem)
+        if len(built) == 4:
+            raise KeyboardInterrupt
+        return build(linear, problem, option, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build_tensors", counting)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+        assert run(path).path.exists()
+    plan = run(path).plan
+    assert len(built) == 1 + len([option for option in plan.choices.values() if option.form != "dense"])
+
+
 def test_killed_while_saving(write_config, monkeypatch):
     path = write_config()
 
@@ -186,8 +206,10 @@ def test_killed_while_saving(write_config, monkeypatch):
     assert not (path.parent / "run" / "models" / "removed-0.30").exists()
     before = artifacts(path)
     assert run(path).path.exists()
-    kept = {name: time for name, time in before.items() if not name.startswith("models/")}
+    kept = {name: time for name, time in before.items() if not name.startswith(("models/", "layers/"))}
     assert {name: artifacts(path)[name] for name in kept} == kept
+    assert any(name.startswith("layers/") for name in before)  # built layers wait for the checkpoint
+    assert not any(name.startswith("layers/") for name in artifacts(path))
 
 
 @pytest.mark.parametrize(

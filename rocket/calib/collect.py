@@ -17,7 +17,8 @@ from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.models import Batch, Call, LinearLayer, block_of, find_blocks, run_forward, sweep
+from rocket.models import Batch, Call, LinearLayer, block_of, features_of, find_blocks, run_forward, sweep
+from rocket.ranks import ranks
 from rocket.run import track
 
 logger = logging.getLogger(__name__)
@@ -81,12 +82,13 @@ def collect_grams(
     Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
     token) are left out with a warning: nothing is known of them, so they stay as they are.
 
+    Each of several processes (`ranks`) takes its share of the batches, and one of them keeps the matrices of a block.
     All batches go through the model in step, block by block, and each block's matrices are put into ``grams`` (None: a
     dict) when it is left. Memory: in² float64 for each distinct input of one block, on the device of its layers, the
     hidden states of all batches, and what ``grams`` keeps, in² float32 for each.
     Raises RocketError naming layer and batch when activations are not finite, and when no layer is reached at all.
     """
-    batches = list(batches)
+    batches = list(batches)[ranks.rank :: ranks.count]
     collector = _Collector(model, layers, batches, {} if grams is None else grams)
     tasks = [partial(run_forward, model, batch, scores=False) for batch in batches]
     with collector, torch.inference_mode():
@@ -128,6 +130,7 @@ class _Collector:
         self._positions = [Positions(model, batch) for batch in batches]
         self._encoded: dict[int, Tensor] = {}
         self._short: dict[str, int] = {}
+        self._device = next(model.parameters()).device
         self._batch = 0
         self._progress = track(range(len(batches) * len(self._blocks)), "calibrate")
         self._handles: list[Any] = []
@@ -170,21 +173,57 @@ class _Collector:
         )
 
     def _close(self, layers: Mapping[str, LinearLayer]) -> None:
-        """Turn the sums of these layers into Gram matrices; blocks that are called again add to them."""
-        leaders = [name for name in layers if name in self._accumulators]
-        tokens = {name: self._accumulators[name].tokens for name in leaders}
-        grams = {name: self._accumulators.pop(name).gram() for name in leaders}
-        if not grams:
-            return
-        inputs = {name: self.inputs[name] for name in layers if name in self.inputs}
-        self._short.update(fill_experts(layers, self._blocks, inputs, grams, tokens))
-        self.inputs.update(inputs)
-        for name in list(grams):
-            gram, count = grams.pop(name), tokens[name]
-            known = self.tokens.get(name, 0)
-            if known:
-                gram = (known * self.grams[name] + count * gram) / (known + count)
-            self.grams[name], self.tokens[name] = gram, known + count
+        """Turn the sums of these layers, of all processes, into Gram matrices; one process keeps those of a block.
+
+        Blocks that are called again add to theirs.
+        """
+        owner = self._add_up(layers)
+        found: dict[str, str] = {}
+        tokens: dict[str, int] = {}
+        short: dict[str, int] = {}
+        if owner == ranks.rank:
+            leaders = [name for name in layers if name in self._accumulators]
+            found = {name: self.inputs[name] for name in layers if name in self.inputs}
+            tokens = {name: self._accumulators[name].tokens for name in leaders}
+            grams = {name: self._accumulators.pop(name).gram() for name in leaders}
+            short = fill_experts(layers, self._blocks, found, grams, tokens) if grams else {}
+            for name in list(grams):
+                gram, known = grams.pop(name), self.tokens.get(name, 0)
+                if known:
+                    gram = (known * self.grams[name] + tokens[name] * gram) / (known + tokens[name])
+                self.grams[name] = gram
+        found, tokens, short = ranks.share((found, tokens, short), owner)
+        self.inputs.update(found)
+        self._short.update(short)
+        for name, number in tokens.items():
+            self._accumulators.pop(name, None)
+            self.tokens[name] = self.tokens.get(name, 0) + number
+
+    def _add_up(self, layers: Mapping[str, LinearLayer]) -> int:
+        """Bring the sums of these layers together at one process, whose rank is returned."""
+        mine = {name: self._accumulators[name].tokens for name in layers if name in self._accumulators}
+        block = next(iter(layers), "")
+        everyones = ranks.gather((block, mine, {name: self.inputs[name] for name in layers if name in self.inputs}))
+        owner = self._of_block_number(block) % ranks.count
+        if len(everyones) == 1:
+            return owner
+        if len({other for other, _, _ in everyones}) > 1:
+            raise RocketError(
+                f"the batches of different processes go different ways through {type(self.model).__name__}; "
+                "run it in one process"
+            )
+        for name in dict.fromkeys(name for _, tokens, _ in everyones for name in tokens):
+            if name not in self._accumulators:
+                self._accumulators[name] = GramAccumulator(features_of(self.layers[name])[1], self._device)
+            for total in self._accumulators[name].sums:
+                ranks.add_up(total, to=owner)
+            self._accumulators[name].tokens = sum(tokens.get(name, 0) for _, tokens, _ in everyones)
+        for _, _, inputs in everyones:
+            self.inputs.update(inputs)
+        return owner
+
+    def _of_block_number(self, layer: str) -> int:
+        return self._blocks.index(block_of(layer, self._blocks)) if layer else 0
 
     def _see(self, name: str, inputs: Tensor) -> None:
         if not inputs.numel():
@@ -198,14 +237,16 @@ class _Collector:
         if leader != name:
             return
         tokens = self._select(name, inputs)
+        self._device = tokens.device
         if name not in self._accumulators:
             self._accumulators[name] = GramAccumulator(tokens.shape[1], tokens.device)
         try:
             self._accumulators[name].add(tokens)
         except ValueError:
             bad = int((~torch.isfinite(tokens)).any(dim=0).sum())
+            batch = ranks.rank + ranks.count * self._batch
             raise RocketError(
-                f"{name}: calibration batch {self._batch} produced non-finite activations in {bad} of "
+                f"{name}: calibration batch {batch} produced non-finite activations in {bad} of "
                 f"{tokens.shape[1]} input features; use model.dtype=float32 or look for NaN weights"
             ) from None
 

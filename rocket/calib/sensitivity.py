@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from rocket.calib.experts import expert_lists, fill_up_sums
 from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
 from rocket.models import Batch, Call, LinearLayer, features_of, find_blocks, hold, is_streamed, sweep
+from rocket.ranks import ranks
 from rocket.run import track
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ def measure_sensitivities(
     is right for layers that see more positions than there are labels (the encoder of an encoder-decoder) or fewer
     (an expert).
 
+    Each of several processes (`ranks`) takes its share of the batches; all return the same.
+
     An expert that gradients reached at fewer than `EXPERT_TOKENS` tokens, where a mean of squares is known to about
     √(2/64) = 18 %, is filled up to so many by the mean of its siblings; how many tokens it gets follows from ``seen``,
     those that each layer saw in a longer pass (`Calibration.seen`; None: in this one).
@@ -55,19 +59,25 @@ def measure_sensitivities(
     blocks = find_blocks(model)
     sums = {name: torch.zeros(features_of(layer)[0], dtype=torch.float64) for name, layer in layers.items()}
     tokens = dict.fromkeys(layers, 0)
-    terms = 0.0
-    at_once = len(batches) if is_streamed(model) else 1
-    progress = track(range(2 * len(batches) * len(blocks)), "sensitivities")
+    terms: list[float] = []
+    mine = range(ranks.rank, len(batches), ranks.count)
+    at_once = len(mine) if is_streamed(model) else 1
+    progress = track(range(2 * len(mine) * len(blocks)), "sensitivities")
     with _gradients_of_outputs(model, layers, sums, tokens), torch.enable_grad():
-        for start in range(0, len(batches), max(at_once, 1)):
+        for start in range(0, len(mine), max(at_once, 1)):
             chain = _Chain(model, progress)
-            numbers = range(start, min(start + at_once, len(batches)))
-            terms += sum(sweep(model, [partial(_score, model, batches[n], seed + n) for n in numbers], chain.visit))
+            scored = [partial(_score, model, batches[n], seed + n) for n in mine[start : start + at_once]]
+            terms += sweep(model, scored, chain.visit)
             chain.run_back()
     progress.close()
+    everyones = ranks.gather((terms, tokens))
+    total_terms = math.fsum(term for terms, _ in everyones for term in terms)
+    tokens = {name: sum(tokens[name] for _, tokens in everyones) for name in tokens}
+    for total in sums.values():
+        ranks.add_up(total)
     for experts in expert_lists(layers, tokens, list(blocks)):
         sums.update(fill_up_sums(sums, tokens, experts, EXPERT_TOKENS, tokens if seen is None else seen))
-    sensitivities = {name: (total / max(terms, 1e-30)).float() for name, total in sums.items()}
+    sensitivities = {name: (total / max(total_terms, 1e-30)).float() for name, total in sums.items()}
     reached = {name: values for name, values in sensitivities.items() if values.any()}
     _check(reached, sums)
     return reached

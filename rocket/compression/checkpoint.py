@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
-from rocket.models import make_linear, restack_experts
+from rocket.models import is_streamed, make_linear, release_pages, releasing, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
+
+SHARD, STREAMED_SHARD = "5GB", "1GB"
 
 
 def save_checkpoint(model: PreTrainedModel, processor: Any, directory: Path) -> None:
@@ -22,20 +24,29 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, directory: Path) -> 
 
     Raises RocketError if what comes back differs: a checkpoint that would not survive its reader is no checkpoint.
     """
-    model.save_pretrained(directory)
+    with releasing(model):
+        model.save_pretrained(directory, max_shard_size=STREAMED_SHARD if is_streamed(model) else SHARD)
     if processor is not None:
         processor.save_pretrained(directory)
     reopened = type(model).from_pretrained(directory, dtype=model.dtype)
-    _compare(model.state_dict(), reopened.state_dict(), directory)
+    with releasing(model):
+        _compare(model.state_dict(), reopened.state_dict(), directory, release_pages if is_streamed(model) else None)
 
 
-def _compare(saved: Mapping[str, Tensor], reopened: Mapping[str, Tensor], directory: Path) -> None:
+def _compare(
+    saved: Mapping[str, Tensor],
+    reopened: Mapping[str, Tensor],
+    directory: Path,
+    release: Callable[[Sequence[Tensor]], None] | None,
+) -> None:
     if saved.keys() != reopened.keys():
         differing = sorted(saved.keys() ^ reopened.keys())
         raise RocketError(f"{directory}: reopened, the model has other tensors than before ({differing[0]}, ...)")
     for name, tensor in saved.items():
         if not torch.equal(tensor.cpu(), reopened[name].cpu()):
             raise RocketError(f"{directory}: {name} came back different from what was saved")
+        if release is not None:
+            release((tensor, reopened[name]))
 
 
 def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rocket.allocation import Plan
 from rocket.calib import Calibration
 from rocket.config.errors import RocketError
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
-from rocket.models import ExpertLinears, LinearLayer, unstack_experts, weight_of
+from rocket.models import ExpertLinears, LinearLayer, features_of, unstack_experts, weight_of
 from rocket.nn import LAYERS, CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 from rocket.run import track
@@ -21,15 +22,22 @@ from rocket.run import track
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *, inplace: bool = False) -> Model:
+def compress(
+    model: Model,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    *,
+    inplace: bool = False,
+    built: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Model:
     """The compressed model: every layer as the plan says, ready for ``save_pretrained``.
 
     ``calibration`` is needed where the plan does not carry it (a plan read from a file). The model given stays as it
-    is unless ``inplace``. Stacked experts that the plan names become layers of their own. Raises RocketError when plan
-    and model do not belong together.
+    is unless ``inplace``. Stacked experts that the plan names become layers of their own. ``built`` has the tensors of
+    layers that were built before (`build_tensors`). Raises RocketError when plan and model do not belong together.
     """
     calibration = calibration or plan.calibration
-    if calibration is None:
+    if calibration is None and built is None:
         raise RocketError("this plan was read from a file; pass the calibration it was made with")
     if not inplace:
         model = copy.deepcopy(model)
@@ -38,39 +46,53 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
         if isinstance(module, ExpertLinears):
             module.own_weights()
     specs: dict[str, LayerSpec] = {}
-    for name, option in track(plan.choices.items(), "compress layers"):
-        linear = _linear(model, name)
-        if option.form not in LAYERS:
-            continue
-        problem = calibration.problem(name, weight_of(linear), plan.profiling)
-        layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
+    for name, option in track(compressed_layers(plan).items(), "compress layers"):
+        linear = linear_layer(model, name)
+        if built is not None:
+            tensors = built[name]
+        else:
+            assert calibration is not None
+            tensors = build_tensors(linear, calibration.problem(name, weight_of(linear), plan.profiling), option, plan)
+        layer = make_layer(linear, tensors, option, plan.input_groups[name])
         specs[name] = layer.spec
         replace_module(model, name, layer)
-    if not specs:
-        raise RocketError("the plan leaves every layer dense; there is nothing to compress")
     attach_quantizer(model, specs)
     return model
 
 
-def build_layer(
-    linear: LinearLayer, problem: LayerProblem, option: Option, input_group: str, plan: Plan
-) -> CompressedLinear:
-    """The layer that stores ``linear`` as ``option`` says, in the type and on the device of ``linear``."""
+def compressed_layers(plan: Plan) -> dict[str, Option]:
+    """The layers that do not stay dense. Raises RocketError if all do."""
+    chosen = {name: option for name, option in plan.choices.items() if option.form in LAYERS}
+    if not chosen:
+        raise RocketError("the plan leaves every layer dense; there is nothing to compress")
+    return chosen
+
+
+def build_tensors(linear: LinearLayer, problem: LayerProblem, option: Option, plan: Plan) -> dict[str, Tensor]:
+    """What the layer that stores ``linear`` as ``option`` says holds, its bias left out, in the type of ``linear``."""
     state = FORMS[option.form].build(problem, option, plan.profiling)
-    with torch.device("meta"):
-        spec = option.spec(problem.in_features, problem.out_features, input_group)
-        layer = empty_layer(spec, linear.bias is not None)
-    layer.replaces = type(linear)
-    state = {
+    return {
         name: tensor.to(linear.weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
     }
+
+
+def make_layer(
+    linear: LinearLayer, tensors: Mapping[str, Tensor], option: Option, input_group: str
+) -> CompressedLinear:
+    """The layer of tensors that `build_tensors` made, on the device of ``linear``, with its bias."""
+    out_features, in_features = features_of(linear)
+    with torch.device("meta"):
+        layer = empty_layer(option.spec(in_features, out_features, input_group), linear.bias is not None)
+    layer.replaces = type(linear)
+    state = dict(tensors)
     if linear.bias is not None:
         state["bias"] = linear.bias.detach()
     layer.load_state_dict(state, assign=True)
     return layer.to(linear.weight.device).train(linear.training)
 
 
-def _linear(model: nn.Module, name: str) -> LinearLayer:
+def linear_layer(model: nn.Module, name: str) -> LinearLayer:
+    """The layer of a plan in a model. Raises RocketError if it is none there."""
     try:
         module = model.get_submodule(name)
     except AttributeError:

@@ -27,7 +27,7 @@ from rocket.models.inputs import (
 from rocket.models.linear import LinearLayer, features_of, is_linear, make_linear, weight_of
 from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
 from rocket.models.mode import evaluation_mode
-from rocket.models.residence import hold, is_streamed, release_pages, stream
+from rocket.models.residence import hold, is_streamed, release_pages, releasing, stream
 from rocket.models.structure import block_of, find_blocks, target_layers
 from rocket.models.sweep import Call, sweep
 
@@ -59,6 +59,7 @@ __all__ = [
     "open_processor",
     "refuse_quantized",
     "release_pages",
+    "releasing",
     "resolve_device",
     "restack_experts",
     "run_forward",

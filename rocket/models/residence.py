@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from rocket.models.structure import find_blocks
 
 MADV_PAGEOUT = 21
+RELEASE_SECONDS = 0.1
 
 
 def stream(model: nn.Module, device: torch.device) -> None:
@@ -98,6 +100,31 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
             start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
             end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
             _madvise()(start, end - start, MADV_PAGEOUT)
+
+
+@contextmanager
+def releasing(*models: nn.Module) -> Iterator[None]:
+    """While it lasts, pages of streamed models are given back several times a second.
+
+    For what walks through all weights in other libraries' code, as saving does.
+    """
+    tensors = [tensor for model in models if is_streamed(model) for tensor in _tensors(model)]
+    done = threading.Event()
+
+    def release() -> None:
+        while not done.wait(RELEASE_SECONDS):
+            release_pages(tensors)
+
+    thread = threading.Thread(target=release, daemon=True)
+    if tensors:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if tensors:
+            thread.join()
+            release_pages(tensors)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

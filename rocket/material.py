@@ -1,0 +1,70 @@
+"""What a run calibrates on: the batches of its source, as its model takes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rocket.config import RocketError
+from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
+from rocket.models import Batch, sample_batches, takes_media, takes_text_alone, token_batches
+from rocket.models.inputs import tokenizer_of
+from rocket.session import Session
+
+HUB_DOCUMENTS_A_SAMPLE = 16
+
+logger = logging.getLogger(__name__)
+
+
+def check_sources(session: Session) -> None:
+    """Whether the model takes what the config gives it: said before any work, not after."""
+    calib, evaluation = session.config.calib, session.config.evaluation
+    model = session.model
+    name = type(model).__name__
+    if not calibrates_on_samples(session) and not takes_text_alone(model):
+        raise RocketError(f"calib.source={calib.source!r}: {name} reads no text alone; name images or speech")
+    if evaluation.texts and not takes_text_alone(model):
+        raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text alone; write [] and name samples")
+    if evaluation.samples and not takes_media(model):
+        raise RocketError(f"evaluation.samples={evaluation.samples}: {name} takes neither images nor speech; write []")
+    lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
+    if not calibrates_on_samples(session):
+        lengths = {"calib.seq_len": calib.seq_len, **lengths}
+    for key, length in lengths.items():
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
+
+
+def calibrates_on_samples(session: Session) -> bool:
+    return takes_media(session.model) and holds_samples(session.config.calib.source)
+
+
+def calibration_batches(session: Session) -> Callable[[int | None, int], Sequence[Batch]]:
+    """(the first so many samples, how many a batch) -> batches."""
+    model, processor = session.loaded
+    config = session.config.calib
+    if not calibrates_on_samples(session):
+        tokens = calibration_tokens(session)
+        return lambda count, size: token_batches(model, tokens[:count], size)
+    samples = load_samples(config.source, "calibration")
+    if len(samples) < config.num_samples:
+        logger.warning("%s has only %d samples, not %d: using all", config.source, len(samples), config.num_samples)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
+    drawn = [samples[index] for index in order[: config.num_samples].tolist()]
+    return lambda count, size: sample_batches(model, processor, drawn[:count], size)
+
+
+def calibration_tokens(session: Session, spare: int = 0) -> Tensor:
+    config = session.config.calib
+    documents = load_documents(
+        config.source,
+        "calibration",
+        text_field=config.text_field,
+        stream_limit=max(512, HUB_DOCUMENTS_A_SAMPLE * config.num_samples),
+    )
+    tokenizer = tokenizer_of(session.loaded[1])
+    return pack_tokens(documents.texts, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)

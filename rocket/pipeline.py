@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -81,9 +82,11 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     `collect_grams` and `measure_sensitivities`.
     """
     stored = _stored_calibration(session)
-    if stored is not None:
+    if session.agree(stored is not None):
         session.skip("gather activations")
-        return stored
+        return stored or _found_calibration(session)
+    if session.shard:
+        raise RocketError(f"nothing is calibrated in {session.run.path} yet; run `rocket gather` on this config first")
     config, run, expected = session.config.calib, session.run, session.calibration_fingerprint
     model, layers = session.model, session.layers
     check_sources(session)
@@ -107,8 +110,13 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     if session.leads:
         run.write_json("calibration/index.json", expected, index)
     session.wait()
+    return _found_calibration(session)
+
+
+def _found_calibration(session: Session) -> tuple[Calibration, ModelSize]:
     stored = _stored_calibration(session)
-    assert stored is not None
+    if stored is None:
+        raise RocketError(f"{session.run.path}/calibration is gone while it was in use; run again")
     return stored
 
 
@@ -130,23 +138,39 @@ def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | Non
 def profile_layers(session: Session) -> Planner:
     """The options of every layer with size and cost. Writes one file a layer; a killed run loses the layer in work."""
     calibration, size = gather_activations(session)
-    run, expected, settings = session.run, session.profile_fingerprint, session.config.profiling
-    stored = {name: run.read_json(_profile_file(name), expected) for name in calibration.inputs}
-    profiles = {name: LayerProfile.from_dict(content) for name, content in stored.items() if content is not None}
-    missing = [name for name in stored if name not in profiles]
-    if missing:
-        layers = session.layers
-        costs = {name: _work(layers[name]) for name in missing}
-        with session.stage("profile layers"):
-            for name in track(session.my_share(costs), "profile layers"):
-                problem = calibration.problem(name, session.weight(name), settings)
-                profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
-                run.write_json(_profile_file(name), expected, profile.to_dict())
-            session.wait()
-        return profile_layers(session)
-    session.skip("profile layers")
-    planner = Planner([profiles[name] for name in stored], size, settings, session.config.allocation, calibration)
+    unknown = profile_share(session, calibration)
+    if unknown:
+        raise RocketError(
+            f"{unknown[0]} and {len(unknown) - 1} other layers are not profiled yet; run all shards first"
+        )
+    contents = _stored_profiles(session, calibration).values()
+    profiles = [LayerProfile.from_dict(content) for content in contents if content is not None]
+    planner = Planner(profiles, size, session.config.profiling, session.config.allocation, calibration)
     return replace(planner, measured=_stored_prices(session))
+
+
+def profile_share(session: Session, calibration: Calibration) -> list[str]:
+    """Profile this process's share of the layers; returns those that are not profiled then, as others have them."""
+    stored = _stored_profiles(session, calibration)
+    missing = session.agree([name for name, content in stored.items() if content is None])
+    if not missing:
+        session.skip("profile layers")
+        return []
+    layers, settings = session.layers, session.config.profiling
+    with session.stage("profile layers"):
+        # Shards are parts of the whole, whichever of them are done; processes that talk share what is left.
+        mine = session.my_share({name: _work(layers[name]) for name in (stored if session.shard else missing)})
+        for name in track([name for name in mine if name in missing], "profile layers"):
+            problem = calibration.problem(name, session.weight(name), settings)
+            profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
+            session.run.write_json(_profile_file(name), session.profile_fingerprint, profile.to_dict())
+        session.wait()
+    return [name for name, content in _stored_profiles(session, calibration).items() if content is None]
+
+
+def _stored_profiles(session: Session, calibration: Calibration) -> dict[str, dict[str, Any] | None]:
+    read, expected = session.run.read_json, session.profile_fingerprint
+    return {name: read(_profile_file(name), expected) for name in calibration.inputs}
 
 
 def _work(layer: LinearLayer) -> float:
@@ -178,18 +202,25 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
     model = session.model
     if not is_causal_lm(model) or calibrates_on_samples(session):
         raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
+    measured: list[MeasuredPoint] = []
+    if session.leads:
+        measured = _measure(session, plans)
+        session.run.write_json("plans/measured.json", _prices_fingerprint(session), {"points": measured})
+    return replace(planner, measured=session.agree(measured))
+
+
+def _measure(session: Session, plans: Sequence[Plan]) -> list[MeasuredPoint]:
     with session.stage("measure prices"):
         windows = calibration_tokens(session, spare=MEASURING_WINDOWS)[session.config.calib.num_samples :]
         if not len(windows):
             raise RocketError("calibration used all its text; add text or lower calib.num_samples to measure prices")
         batches = windows.split(session.config.calib.batch_size)
-        original = float(window_losses_of(model, batches).mean())
+        original = float(window_losses_of(session.model, batches).mean())
         measured = []
         for plan in plans:
-            loss = float(window_losses_of(compress(model, plan), batches).mean())
+            loss = float(window_losses_of(compress(session.model, plan), batches).mean())
             measured.append(MeasuredPoint(plan.removed_ratio, plan.cost, loss - original))
-    session.run.write_json("plans/measured.json", _prices_fingerprint(session), {"points": measured})
-    return replace(planner, measured=measured)
+    return measured
 
 
 def _stored_prices(session: Session) -> list[MeasuredPoint]:
@@ -211,7 +242,8 @@ def make_plan(session: Session) -> Plan:
         return Plan.from_dict(stored, planner.calibration)
     with session.stage("plan"):
         plan = planner.within(session.budget)
-    session.run.write_json(name, session.plan_fingerprint, plan.to_dict())
+    if session.leads:
+        session.run.write_json(name, session.plan_fingerprint, plan.to_dict())
     return plan
 
 
@@ -219,7 +251,7 @@ def compress_model(session: Session) -> Path:
     """The compressed checkpoint, reopened and compared before it takes its name. Writes models/BUDGET/."""
     plan = make_plan(session)
     path = session.run.path / session.checkpoint
-    if session.run.has_directory(session.checkpoint, session.plan_fingerprint):
+    if session.agree(session.run.has_directory(session.checkpoint, session.plan_fingerprint)):
         session.skip("compress")
         return path
     with session.stage("compress"):
@@ -252,7 +284,7 @@ def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Ten
     assert calibration is not None
     chosen = compressed_layers(plan)
     layers = session.layers
-    missing = [name for name in chosen if not run.has_tensors(_built_file(name), expected)]
+    missing = session.agree([name for name in chosen if not run.has_tensors(_built_file(name), expected)])
     for name in track(session.my_share({name: _work(layers[name]) for name in missing}), "build layers"):
         problem = calibration.problem(name, session.weight(name), plan.profiling)
         run.write_tensors(_built_file(name), expected, build_tensors(layers[name], problem, chosen[name], plan))
@@ -310,13 +342,15 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     compressed = _stored_evaluation(session, session.budget.name, session.plan_fingerprint)
     if compressed is not None:
         session.skip(f"evaluate {session.budget.name}")
-    else:
-        model, processor = open_checkpoint(path, session.config.model)
+    elif session.leads:
+        model, processor = open_checkpoint(path, session.config.model, session.streams)
         with session.stage("evaluate compressed"):
             compressed, _ = evaluate(session.config.evaluation, model, processor, kept)
         expected = session.evaluation_fingerprint(session.plan_fingerprint)
         session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
-    return original, compressed
+    agreed = session.agree(compressed)
+    assert agreed is not None
+    return original, agreed
 
 
 _KEPT = "evaluation/original.safetensors"
@@ -333,15 +367,17 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
     kept = session.run.read_tensors(_KEPT, expected) or {}
     if stored is not None and set(stored.kept) <= kept.keys():
         session.skip("evaluate original")
-        return stored, kept
-    model, processor = session.loaded
-    check_sources(session)
-    with session.stage("evaluate original"):
-        evaluation, kept = evaluate(session.config.evaluation, model, processor)
-    if kept:
-        session.run.write_tensors(_KEPT, expected, kept)
-    session.run.write_json("evaluation/original.json", expected, asdict(evaluation))
-    return evaluation, kept
+    elif session.leads:
+        model, processor = session.loaded
+        check_sources(session)
+        with session.stage("evaluate original"):
+            stored, kept = evaluate(session.config.evaluation, model, processor)
+        if kept:
+            session.run.write_tensors(_KEPT, expected, kept)
+        session.run.write_json("evaluation/original.json", expected, asdict(stored))
+    agreed = session.agree(stored)
+    assert agreed is not None
+    return agreed, kept
 
 
 def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation | None:

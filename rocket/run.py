@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -71,11 +71,14 @@ def _tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
 class RunDirectory:
     """Everything one run made.
 
-    ``identity`` says what the run is about (model, calibration set). Raises RocketError if the directory cannot be
+    ``identity`` says what the run is about (model, calibration set). ``lock``: alone, together with others that share
+    it, or under that of another process of this run. Raises RocketError if the directory cannot be
     written, holds something else, belongs to a run of another identity, or is in use by another process.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, object], lock: Literal["alone", "shared"] | None = "alone"
+    ) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,8 @@ class RunDirectory:
         except OSError as error:
             raise RocketError(f"output_dir {path} cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock is not None:
+                fcntl.flock(self._lock, (fcntl.LOCK_EX if lock == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise RocketError(

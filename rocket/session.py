@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from torch import Tensor
@@ -17,6 +17,7 @@ from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
+from rocket.memory import estimate_memory
 from rocket.models import (
     LinearLayer,
     identify_model,
@@ -29,14 +30,21 @@ from rocket.models import (
 from rocket.ranks import ranks, shares
 from rocket.run import RunDirectory, Usage, fingerprint, measure
 
+Item = TypeVar("Item")
+
 logger = logging.getLogger(__name__)
 
 
 class Session:
-    """One run: its config, its directory, and the model, which is loaded when a stage first needs it."""
+    """One run: its config, its directory, and the model, which is loaded when a stage first needs it.
 
-    def __init__(self, config: Config) -> None:
+    ``shard`` (i, n) is the part that this process has of the profiling, where several work on one directory without
+    knowing of each other.
+    """
+
+    def __init__(self, config: Config, shard: tuple[int, int] | None = None) -> None:
         self.config = config
+        self.shard = shard
         self._reported: set[str] = set()
         self.model_identity = identify_model(config.model)
         self.forms = select_forms(config.profiling.forms)
@@ -49,8 +57,12 @@ class Session:
             "model files": self.model_identity,
             **{f"calib.{key}": value for key, value in config.calib.model_dump().items() if key != "batch_size"},
         }
-        self.run = RunDirectory(config.output_dir, identity)
-        self.run.write_text("config.yaml", dump_config(config))
+        if self.leads:
+            self.run = RunDirectory(config.output_dir, identity, lock="shared" if shard else "alone")
+            self.run.write_text("config.yaml", dump_config(config))
+        self.wait()
+        if not self.leads:
+            self.run = RunDirectory(config.output_dir, identity, lock=None)
 
     def __enter__(self) -> Session:
         return self
@@ -61,9 +73,19 @@ class Session:
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, Any]:
         with self.stage("load model"):
-            model, tokenizer = load_model(self.config.model)
+            model, processor = load_model(self.config.model, streams=self.streams)
             unstack_experts(model)
-            return model, tokenizer
+            return model, processor
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the model's blocks come into memory one by one; found out, and said, before any is read."""
+        memory = estimate_memory(self.config)
+        if memory is None:
+            return False
+        logger.info("%s", memory)
+        memory.check()
+        return memory.streams
 
     @property
     def model(self) -> PreTrainedModel:
@@ -84,7 +106,12 @@ class Session:
 
     def my_share(self, costs: Mapping[str, float]) -> list[str]:
         """What of the work, by name, is this process's own."""
-        return shares(costs, ranks.count)[ranks.rank]
+        number, parts = self.shard or (ranks.rank + 1, ranks.count)
+        return shares(costs, parts)[number - 1]
+
+    def agree(self, item: Item) -> Item:
+        """What the first process thinks, so that all go the same way whatever they find in the directory by then."""
+        return ranks.share(item, source=0)
 
     def wait(self) -> None:
         """Until all processes have come here."""
@@ -137,6 +164,8 @@ class Session:
         self._reported.add(name)
         with measure() as usage:
             yield
+        if not self.leads:
+            return
         self.run.log(name, **asdict(usage))
         usages = self.usages()
         usages[name] = usage
@@ -155,4 +184,5 @@ class Session:
             return
         self._reported.add(name)
         logger.info("%s: skipped, its artifact is in %s", name, self.run.path)
-        self.run.log(name, skipped=True)
+        if self.leads:
+            self.run.log(name, skipped=True)

@@ -232,6 +232,11 @@ class Config(Section):
     """
 
     output_dir: Path = Field(Path("output/default"), description="The run directory; its artifacts are reused.")
+    memory_budget: Bytes | None = Field(
+        None,
+        description="Memory that the process may take, e.g. 6GB. A model that would need more is streamed: its blocks "
+        "are read one by one. null: what the machine has free.",
+    )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     calib: CalibConfig = Field(default_factory=lambda: CalibConfig())
     profiling: ProfilingConfig = Field(default_factory=lambda: ProfilingConfig())

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rocket.factorization.whitening import Whitening
 
+ATOMS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -35,8 +37,8 @@ def eigenbasis(target: Tensor, whitening: Whitening) -> Basis:
         values, vectors = torch.linalg.eigh(target.T @ target)
         rows, scales = vectors.flip(1).T.contiguous(), values.flip(0).clamp(min=0).sqrt()
         atoms = target @ rows.T
-        atoms = atoms / positive(atoms.norm(dim=0))
-    weight_norms = whitening.unwhiten(atoms).norm(dim=0)
+        atoms /= positive(atoms.norm(dim=0))
+    weight_norms = torch.cat([whitening.unwhiten(some).norm(dim=0) for some in atoms.split(ATOMS_AT_ONCE, dim=1)])
     return Basis(atoms.float(), scales.float(), rows.float(), weight_norms.float())
 
 

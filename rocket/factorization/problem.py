@@ -13,7 +13,7 @@ from rocket.factorization.basis import Basis, eigenbasis
 from rocket.factorization.whitening import Whitening, whiten
 
 Cost = Literal["weight", "activation", "loss"]
-COLUMNS_AT_ONCE = 2048
+AT_ONCE = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +127,11 @@ class LayerProblem:
             target = torch.linalg.qr(target, mode="r").R
         return target.float()
 
+    def prepare(self) -> LayerProblem:
+        """`tempered`, after what costs need: that takes a root as large as the Gram matrix for a while, as fits do."""
+        self.cost_target  # noqa: B018
+        return self.tempered
+
     @cached_property
     def squared_norm(self) -> float:
         """‖T‖²: the squared error of removing the layer altogether, in the units of ``squared_error``."""
@@ -142,13 +147,16 @@ class LayerProblem:
 
     def evaluate(self, weight: Tensor) -> float:
         """The cost of replacing W by ``weight`` [out, in], straight from the definition."""
-        delta = weight.double() - self.weight.double()
         if self.cost == "weight":
-            return self.to_cost(float(delta.square().sum()))
-        row_errors = torch.zeros(self.out_features, dtype=torch.float64, device=delta.device)
-        for start in range(0, self.in_features, COLUMNS_AT_ONCE):
-            columns = slice(start, start + COLUMNS_AT_ONCE)
-            row_errors += ((delta @ self.gram[:, columns].double()) * delta[:, columns]).sum(dim=1)
-        if self.column_weights is not None:
-            row_errors = row_errors * self.column_weights.square()
-        return self.to_cost(float(row_errors.sum()))
+            return self.to_cost(float((weight.double() - self.weight.double()).square().sum()))
+        error = 0.0
+        for start in range(0, self.out_features, AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            delta = weight[rows].double() - self.weight[rows].double()
+            for first in range(0, self.in_features, AT_ONCE):
+                columns = slice(first, first + AT_ONCE)
+                errors = ((delta @ self.gram[:, columns].double()) * delta[:, columns]).sum(dim=1)
+                error += float(
+                    (errors if self.column_weights is None else errors * self.column_weights[rows] ** 2).sum()
+                )
+        return self.to_cost(error)

@@ -135,12 +135,13 @@ class Quadratic:
         multiplier = torch.zeros_like(start)
         for iteration in range(ADMM_ITERATIONS):
             penalty = ADMM_PENALTY * ADMM_GROWTH ** (iteration // ITERATIONS_A_PENALTY)
-            solution = (self.linear + penalty * kept - multiplier) @ self.damped_inverse(penalty)
-            shifted = solution + multiplier / penalty
+            right = (penalty * kept).add_(self.linear).sub_(multiplier)
+            shifted = torch.mm(right, self.damped_inverse(penalty)).add_(multiplier, alpha=1 / penalty)
+            del right
             is_last = iteration == ADMM_ITERATIONS - 1
             mask = keep_top(shifted.abs(), count) if is_last else keep_about(shifted.abs(), count)
             kept = shifted * mask
-            multiplier = multiplier + penalty * (solution - kept)
+            multiplier = shifted.sub_(kept).mul_(penalty)  # V + ρ (X - D), as shifted is X + V/ρ
         return mask, kept
 
     def fit(self, mask: Tensor, start: Tensor, iterations: int = FIT_ITERATIONS) -> Tensor:
@@ -154,13 +155,13 @@ class Quadratic:
         direction = residual
         energy = residual.square().sum(dim=1, keepdim=True)
         for _ in range(iterations):
-            image = (direction @ self.gram) * mask
+            image = (direction @ self.gram).mul_(mask)
             curvature = (direction * image).sum(dim=1, keepdim=True)
             step = energy / curvature.clamp(min=tiny)
-            solution = solution + step * direction
-            residual = residual - step * image
+            solution.addcmul_(step, direction)
+            residual = image.mul_(step).neg_().add_(residual)
             new_energy = residual.square().sum(dim=1, keepdim=True)
-            direction = residual + new_energy / energy.clamp(min=tiny) * direction
+            direction = (new_energy / energy.clamp(min=tiny) * direction).add_(residual)
             energy = new_energy
         return solution
 

@@ -25,7 +25,7 @@ LOOK_AHEAD = 4
 
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """At most one option a removed ratio, that of the best ρ among ``settings.rank_support_ratios``."""
-    tempered = problem.tempered
+    tempered = problem.prepare()
     basis = tempered.basis
     scores = importance(basis, settings.importance_exponent)
 

@@ -15,7 +15,7 @@ name = "low_rank"
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """One rank a removed ratio, the largest that fits."""
     found = []
-    basis = problem.tempered.basis
+    basis = problem.prepare().basis
     features = problem.in_features + problem.out_features
     for removed_ratio in settings.removed_ratios:
         rank = int(keep_ratio_budget(problem, removed_ratio) / features)

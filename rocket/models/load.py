@@ -17,6 +17,7 @@ from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
 from rocket.models.auto import open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
+from rocket.models.residence import stream, unmapped
 
 SAMPLED_BYTES = 1 << 20
 
@@ -33,8 +34,10 @@ class Location:
     embedded: EmbeddedModel | None = None
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+def load_model(config: ModelConfig, streams: bool = False) -> tuple[PreTrainedModel, Any]:
     """The model in evaluation mode, on its device and in its type, and its processor.
+
+    ``streams``: its blocks stay in the checkpoint's files until they are needed (`residence`).
 
     The processor is what the model's kind takes: a tokenizer, an image processor, a feature extractor, or one of
     several of them. Raises RocketError when the path is no model, the model is already quantized or compressed, or a
@@ -49,14 +52,27 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, Any]:
         if location.file is not None:
             options["gguf_file"] = location.file
         model, processor = _open(config.path, location.source, dtype, options, compressed=False)
-    return model.to(resolve_device(config.device)).eval(), processor
+    return _settle(config, model, streams), processor
 
 
-def open_checkpoint(path: Path, config: ModelConfig) -> tuple[PreTrainedModel, Any]:
+def open_checkpoint(path: Path, config: ModelConfig, streams: bool = False) -> tuple[PreTrainedModel, Any]:
     """A compressed checkpoint as any user opens it, on the device and in the type of the config."""
     dtype, options = getattr(torch, config.dtype), {"trust_remote_code": config.trust_remote_code}
     model, processor = _open(str(path), str(path), dtype, options, compressed=True)
-    return model.to(resolve_device(config.device)).eval(), processor
+    return _settle(config, model, streams), processor
+
+
+def _settle(config: ModelConfig, model: PreTrainedModel, streams: bool) -> PreTrainedModel:
+    if not streams:
+        return model.to(resolve_device(config.device)).eval()
+    copied = unmapped(model)
+    if copied is not None:
+        raise RocketError(
+            f"{config.path!r} does not fit into memory, and {copied} had to be copied into it: save the model as "
+            f"safetensors in {config.dtype}, or set model.dtype to the type it is stored in"
+        )
+    stream(model, resolve_device(config.device))
+    return model.eval()
 
 
 def _open(

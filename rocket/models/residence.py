@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from rocket.models.structure import find_blocks
 
 MADV_PAGEOUT = 21
+SMALL = 1 << 20
 RELEASE_SECONDS = 0.1
 
 
@@ -40,6 +42,25 @@ def stream(model: nn.Module, device: torch.device) -> None:
         block.register_forward_pre_hook(lambda block, _: residence.enter(block))
         block.register_forward_hook(lambda block, *_: residence.leave(block))
     model._residence = residence  # type: ignore[assignment]
+
+
+def unmapped(model: nn.Module) -> str | None:
+    """The name of a large tensor of a block that lies in memory instead of a mapped file; None if none does.
+
+    Linux only; elsewhere none is found.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, inode = line.split(maxsplit=5)[:5]
+        if inode != "0":
+            mapped.append(tuple(int(address, 16) for address in addresses.split("-")))
+    for block, module in find_blocks(model).items():
+        for name, tensor in module.named_parameters(prefix=block):
+            if tensor.numel() >= SMALL and not any(start <= tensor.data_ptr() < end for start, end in mapped):
+                return name
+    return None
 
 
 def is_streamed(model: nn.Module) -> bool:

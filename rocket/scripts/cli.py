@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from rocket.config import RocketError, load_config
 from rocket.evaluation import Evaluation
 from rocket.pipeline import Summary
+from rocket.ranks import ranks
 from rocket.session import Session
 
 ConfigOption = Annotated[
@@ -35,8 +36,16 @@ Result = TypeVar("Result")
 console = Console()
 
 
-def run(stage: Callable[[Session], Result], config: Path | None, overrides: list[str] | None) -> Result:
-    """Run one stage (and what it needs) on a config; end with exit code 2 and one line if the input is at fault."""
+def run(
+    stage: Callable[[Session], Result],
+    config: Path | None,
+    overrides: list[str] | None,
+    shard: tuple[int, int] | None = None,
+) -> Result:
+    """Run one stage (and what it needs) on a config; end with exit code 2 and one line if the input is at fault.
+
+    Of several processes that torchrun started, the first one speaks.
+    """
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -44,8 +53,14 @@ def run(stage: Callable[[Session], Result], config: Path | None, overrides: list
     )
     logging.getLogger("rocket").setLevel(logging.INFO)
     try:
-        with Session(load_config(config or DEFAULT_CONFIG, overrides or ())) as session:
-            return stage(session)
+        ranks.join()
+        if ranks.rank > 0:
+            console.quiet = True
+            logging.getLogger("rocket").setLevel(logging.ERROR)
+        with Session(load_config(config or DEFAULT_CONFIG, overrides or ()), shard) as session:
+            result = stage(session)
+        ranks.leave()
+        return result
     except RocketError as error:
         _fail(str(error), 2)
     except SafetensorError as error:

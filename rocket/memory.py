@@ -1,0 +1,179 @@
+"""What a run will take of memory, told before it begins, and whether its model must be streamed for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from rocket.config import Config, RocketError
+from rocket.models import LinearLayer, auto_class, block_of, features_of, find_blocks, resolve_device, target_layers
+from rocket.models.load import locate
+
+# What the largest step of a form holds of in·in and of in·out numbers, in float32: measured by benchmarks/streaming.py.
+FORMS_HOLD = {"low_rank": (4.0, 12.0), "dictionary": (4.0, 14.0), "sparse": (5.0, 14.0)}
+SMALL_SPARSE = (8.0, 14.0)  # inverses of small matrices are kept
+KEPT_INVERSES = 8192
+PANELS = 0.6  # of a square matrix, which Gram sums take
+SHARD = 1_000_000_000
+LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
+UNITS = 1e9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a stage: with the whole model in memory, and with its blocks coming one by one."""
+
+    resident: float
+    streamed: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The estimate. ``available`` is the budget, or what the machine has free; ``device`` what its accelerator has."""
+
+    needs: Mapping[str, Need]
+    weights: int
+    available: int
+    budgeted: bool
+    device: int | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model is to be streamed: in memory it would not fit."""
+        on_device = self.device is not None and self.weights > 0.8 * self.device
+        return on_device or max(need.resident for need in self.needs.values()) > self.available
+
+    def check(self) -> None:
+        """Raise RocketError if the run would not keep to ``memory_budget`` even so."""
+        stage = max(self.needs, key=lambda stage: self.needs[stage].streamed)
+        if self.budgeted and self.streams and self.needs[stage].streamed > self.available:
+            raise RocketError(
+                f"memory_budget={self.available / UNITS:.3g}GB: {stage!r} needs about "
+                f"{self.needs[stage].streamed / UNITS:.1f} GB with the model streamed; allow more, lower "
+                "calib.batch_size, calib.num_samples or calib.sensitivity_samples, or leave out a form"
+            )
+
+    def __str__(self) -> str:
+        used = {stage: need.streamed if self.streams else need.resident for stage, need in self.needs.items()}
+        stages = ", ".join(f"{stage} {value / UNITS:.1f}" for stage, value in used.items())
+        how = "blocks of the model come one by one" if self.streams else "the model stays in memory"
+        limit = "allowed" if self.budgeted else "free"
+        return f"memory in GB, about: {stages}; {self.available / UNITS:.1f} {limit}: {how}"
+
+
+def estimate_memory(config: Config) -> Memory | None:
+    """Estimate from a model's config.json alone, before any weight is read; None for models that come otherwise.
+
+    Upper bounds of what is known beforehand: which layers share an input is not, so each counts.
+    """
+    location = locate(config.model.path)
+    if location.file is not None or location.embedded is not None:
+        return None
+    try:
+        architecture = AutoConfig.from_pretrained(
+            location.source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        )
+        with torch.device("meta"):
+            model = auto_class(architecture).from_config(architecture, dtype=getattr(torch, config.model.dtype))
+        layers = target_layers(model, config.model.targets, config.model.ignore)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError):
+        return None  # loading it will say what is wrong
+    device = resolve_device(config.model.device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return Memory(
+        _needs(config, model, layers),
+        _bytes(model),
+        config.memory_budget or _free_memory(),
+        config.memory_budget is not None,
+        free,
+    )
+
+
+def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dict[str, Need]:
+    calib, evaluation = config.calib, config.evaluation
+    text = model.config.get_text_config()
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    hidden = getattr(text, "hidden_size", 0) * itemsize
+    scores = getattr(text, "vocab_size", 0) * (itemsize + LOGIT_COPIES)
+    blocks = find_blocks(model)
+    inside = {id(tensor) for block in blocks.values() for tensor in block.parameters()}
+    outside = max((_size(tensor) for tensor in model.parameters() if id(tensor) not in inside), default=0)
+    weights, block = _bytes(model), max(_bytes(part) for part in blocks.values())
+    base = _process_bytes()
+    grouped: dict[str, list[tuple[int, int]]] = {}
+    for name, layer in layers.items():
+        grouped.setdefault(block_of(name, list(blocks)), []).append(features_of(layer))
+    widths = [sum(out + inputs for out, inputs in shapes) for shapes in grouped.values()]
+    grams = max(_gram_bytes([inputs for _, inputs in shapes]) for shapes in grouped.values())
+    states = calib.num_samples * calib.seq_len * hidden
+    step = calib.batch_size * calib.seq_len * max(max(shape) for shapes in grouped.values() for shape in shapes) * 12
+    needs = {
+        "gather activations": Need(
+            base + weights + 2 * states + step + grams, base + 2 * states + step + max(block + grams, outside)
+        )
+    }
+    if calib.sensitivity_samples:
+        pair = min(2, calib.sensitivity_samples) * calib.seq_len
+        graph, loss = pair * max(widths) * 4, pair * scores
+        kept = calib.sensitivity_samples * calib.seq_len * hidden * (len(blocks) + 2)
+        needs["measure sensitivities"] = Need(
+            base + weights + pair * hidden * (len(blocks) + 2) + max(graph, loss),
+            base + kept + max(block + graph, outside + loss),
+        )
+    largest = max(
+        _layer_bytes(out, inputs, config.profiling.forms) for shapes in grouped.values() for out, inputs in shapes
+    )
+    needs["profile layers"] = Need(base + weights + largest, base + largest)
+    copies = 2 * max(min(SHARD, weights), outside)
+    needs["compress"] = Need(base + 2 * weights + largest, base + max(largest, copies))
+    if evaluation.texts:
+        tokens = evaluation.max_tokens or 2**20
+        batch = evaluation.batch_size * evaluation.seq_len * scores
+        needs["evaluate"] = Need(base + weights + batch, base + tokens * hidden + batch + max(block, outside))
+    return needs
+
+
+def _gram_bytes(features: Sequence[int]) -> float:
+    """Sums in float64 of inputs of these widths, and what the widest takes to finish."""
+    return sum(PANELS * 8 * n * n for n in features) + 6 * max(features) ** 2
+
+
+def _layer_bytes(out_features: int, in_features: int, forms: Sequence[str]) -> float:
+    square, rectangle = 4 * in_features * in_features, 4 * in_features * out_features
+    held = [
+        SMALL_SPARSE if form == "sparse" and in_features <= KEPT_INVERSES else FORMS_HOLD.get(form, (0.0, 0.0))
+        for form in forms
+    ]
+    return max(squares * square + rectangles * rectangle for squares, rectangles in held)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(_size(tensor) for tensor in module.parameters())
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _process_bytes() -> int:
+    """What this process takes already, libraries above all; half a GB where that is not told."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 500_000_000
+
+
+def _free_memory() -> int:
+    """What the machine can give without swapping; where that is not told, no limit."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**62

@@ -22,15 +22,20 @@ KEPT_INVERSES = 8192
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
+TEXT_BYTES = 500_000_000  # a text being tokenised
 UNITS = 1e9
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a stage: with the whole model in memory, and with its blocks coming one by one."""
+    """Bytes of a stage: with the whole model in memory, and with its blocks coming one by one.
+
+    ``states`` are those of the latter that hidden states take, which may wait on disk.
+    """
 
     resident: float
     streamed: float
+    states: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,31 @@ class Memory:
         on_device = self.device is not None and self.weights > 0.8 * self.device
         return on_device or max(need.resident for need in self.needs.values()) > self.available
 
+    @property
+    def spills(self) -> bool:
+        """Whether hidden states must wait on disk, too."""
+        return self.streams and max(need.streamed for need in self.needs.values()) > self.available
+
+    def used(self) -> dict[str, float]:
+        """Bytes that each stage is going to take."""
+        if not self.streams:
+            return {stage: need.resident for stage, need in self.needs.items()}
+        return {stage: need.streamed - self.spills * need.states for stage, need in self.needs.items()}
+
     def check(self) -> None:
         """Raise RocketError if the run would not keep to ``memory_budget`` even so."""
-        stage = max(self.needs, key=lambda stage: self.needs[stage].streamed)
-        if self.budgeted and self.streams and self.needs[stage].streamed > self.available:
+        used = self.used()
+        stage = max(used, key=lambda stage: used[stage])
+        if self.budgeted and used[stage] > self.available:
             raise RocketError(
-                f"memory_budget={self.available / UNITS:.3g}GB: {stage!r} needs about "
-                f"{self.needs[stage].streamed / UNITS:.1f} GB with the model streamed; allow more, lower "
-                "calib.batch_size, calib.num_samples or calib.sensitivity_samples, or leave out a form"
+                f"memory_budget={self.available / UNITS:.3g}GB: {stage!r} needs about {used[stage] / UNITS:.1f} GB "
+                "with the model streamed; allow more, lower calib.batch_size or calib.seq_len, or leave out a form"
             )
 
     def __str__(self) -> str:
-        used = {stage: need.streamed if self.streams else need.resident for stage, need in self.needs.items()}
-        stages = ", ".join(f"{stage} {value / UNITS:.1f}" for stage, value in used.items())
+        stages = ", ".join(f"{stage} {value / UNITS:.1f}" for stage, value in self.used().items())
         how = "blocks of the model come one by one" if self.streams else "the model stays in memory"
+        how += ", hidden states wait on disk" if self.spills else ""
         limit = "allowed" if self.budgeted else "free"
         return f"memory in GB, about: {stages}; {self.available / UNITS:.1f} {limit}: {how}"
 
@@ -115,7 +131,9 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     step = calib.batch_size * calib.seq_len * max(max(shape) for shapes in grouped.values() for shape in shapes) * 12
     needs = {
         "gather activations": Need(
-            base + weights + 2 * states + step + grams, base + 2 * states + step + max(block + grams, outside)
+            base + weights + 2 * states + step + grams,
+            base + 2 * states + step + max(block + grams, outside),
+            2 * states,
         )
     }
     if calib.sensitivity_samples:
@@ -125,6 +143,7 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
         needs["measure sensitivities"] = Need(
             base + weights + pair * hidden * (len(blocks) + 2) + max(graph, loss),
             base + kept + max(block + graph, outside + loss),
+            kept,
         )
     largest = max(
         _layer_bytes(out, inputs, config.profiling.forms) for shapes in grouped.values() for out, inputs in shapes
@@ -134,8 +153,9 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     needs["compress"] = Need(base + 2 * weights + largest, base + max(largest, copies))
     if evaluation.texts:
         tokens = evaluation.max_tokens or 2**20
-        batch = evaluation.batch_size * evaluation.seq_len * scores
-        needs["evaluate"] = Need(base + weights + batch, base + tokens * hidden + batch + max(block, outside))
+        batch = evaluation.batch_size * evaluation.seq_len * scores + TEXT_BYTES
+        states = 2 * tokens * hidden
+        needs["evaluate"] = Need(base + weights + batch, base + states + batch + max(block, outside), states)
     return needs
 
 

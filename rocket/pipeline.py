@@ -343,7 +343,7 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     if compressed is not None:
         session.skip(f"evaluate {session.budget.name}")
     elif session.leads:
-        model, processor = open_checkpoint(path, session.config.model, session.streams)
+        model, processor = open_checkpoint(path, session.config.model, session.streams, session.states)
         with session.stage("evaluate compressed"):
             compressed, _ = evaluate(session.config.evaluation, model, processor, kept)
         expected = session.evaluation_fingerprint(session.plan_fingerprint)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
@@ -17,7 +18,7 @@ from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
-from rocket.memory import estimate_memory
+from rocket.memory import Memory, estimate_memory
 from rocket.models import (
     LinearLayer,
     identify_model,
@@ -73,19 +74,28 @@ class Session:
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, Any]:
         with self.stage("load model"):
-            model, processor = load_model(self.config.model, streams=self.streams)
+            model, processor = load_model(self.config.model, self.streams, self.states)
             unstack_experts(model)
             return model, processor
 
     @cached_property
-    def streams(self) -> bool:
-        """Whether the model's blocks come into memory one by one; found out, and said, before any is read."""
+    def memory(self) -> Memory | None:
+        """What the run will take of it; found out, and said, before anything is read."""
         memory = estimate_memory(self.config)
-        if memory is None:
-            return False
-        logger.info("%s", memory)
-        memory.check()
-        return memory.streams
+        if memory is not None:
+            logger.info("%s", memory)
+            memory.check()
+        return memory
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model's blocks come into memory one by one."""
+        return self.memory is not None and self.memory.streams
+
+    @property
+    def states(self) -> Path | None:
+        """Where hidden states wait while blocks come and go; None: in memory."""
+        return self.run.path / "states" if self.memory is not None and self.memory.spills else None
 
     @property
     def model(self) -> PreTrainedModel:

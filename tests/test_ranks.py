@@ -108,7 +108,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(alone, write_con
     assert plan_of(together) == plan_of(alone)
 
     config, recovered = write_config("recovered"), tmp_path / "recovered"
-    result = torchrun(2, "--max-restarts=1", str(script), "run", "--config", str(config))
+    result = torchrun(2, "--max-restarts=3", str(script), "run", "--config", str(config))
     assert result.returncode == 0, result.stderr
     assert plan_of(recovered) == plan_of(alone)
     assert same_checkpoints(recovered, alone)

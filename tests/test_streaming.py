@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from rocket.config import RocketError, load_config
 from rocket.memory import estimate_memory
 from rocket.models import find_blocks, hold, is_streamed, load_model, release_pages
-from rocket.models.residence import unmapped
+from rocket.models.residence import spill, unmapped
 from rocket.pipeline import run_pipeline
 from rocket.session import Session
 
@@ -37,22 +37,24 @@ def write_config(tmp_path, model_dir, text_file):
     return write
 
 
-def run(path, monkeypatch=None, streams: bool = False):
-    if monkeypatch is not None:
-        monkeypatch.setattr(Session, "streams", streams)
+def run(path, monkeypatch, streams: bool):
+    monkeypatch.setattr(Session, "streams", streams)
+    monkeypatch.setattr(Session, "states", path.parent / "states" if streams else None)
     with Session(load_config(path)) as opened:
         summary = run_pipeline(opened)
         return summary, load_file(summary.path / "model.safetensors")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
-def test_streamed_is_the_same_to_the_bit(write_config, monkeypatch, family):
+def test_streamed_is_the_same_to_the_bit(write_config, monkeypatch, tmp_path, family):
     in_memory, expected = run(write_config("memory", family), monkeypatch, streams=False)
     streamed, tensors = run(write_config("streamed", family), monkeypatch, streams=True)
     assert streamed.plan.to_dict() == in_memory.plan.to_dict()
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
+    assert (tmp_path / "states").is_dir()
+    assert not any((tmp_path / "states").iterdir())
     assert streamed.original == in_memory.original
     assert streamed.compressed == in_memory.compressed
 
@@ -69,6 +71,23 @@ def test_a_model_that_is_streamed_lies_in_its_files(write_config):
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, before[name])
     assert not is_streamed(load_model(config)[0])
+
+
+def test_a_hidden_state_waits_on_disk(write_config, tmp_path):
+    model, _ = load_model(load_config(write_config("run")).model, streams=True, states=tmp_path / "states")
+    hidden = torch.randn(64, 128, requires_grad=True).clone()
+    before, view = hidden.detach().clone(), hidden.view(-1)
+    waiting = spill(model, (None, hidden))
+    assert hidden.untyped_storage().nbytes() == 0
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    waiting.load()
+    waiting.load()
+    assert torch.equal(hidden, before)
+    assert torch.equal(view, before.view(-1))
+    del waiting
+    assert not any((tmp_path / "states").iterdir())
+    assert spill(model, (hidden[:3], None)) is None  # a part of another tensor stays
+    assert spill(load_model(load_config(write_config("other")).model)[0], (hidden,)) is None
 
 
 def test_release_keeps_what_is_no_file():
@@ -105,7 +124,7 @@ def test_the_budget_decides(write_config):
 def test_the_estimate_is_said_before_anything_is_read(write_config, caplog):
     caplog.set_level("INFO", logger="rocket")
     path = write_config("run")
-    with Session(load_config(path, ["memory_budget=100MB"])) as session, pytest.raises(RocketError, match="0.1GB"):
+    with Session(load_config(path, ["memory_budget=100MB"])) as session, pytest.raises(RocketError, match="budget=0"):
         run_pipeline(session)
     assert "memory in GB, about: gather activations" in caplog.text
     assert not (path.parent / "run" / "calibration").exists()

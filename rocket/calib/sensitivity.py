@@ -160,6 +160,7 @@ class _Step:
 
         if all(gradient is None for gradient in self._gradients):
             return
+        self._call.load()
         args, kwargs = tree_map_only(Tensor, copy, (self._call.args, dict(self._call.kwargs)))
         # What enters a first block starts the graph, as no weight does.
         given = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from rocket.config.errors import RocketError
-from rocket.models import evaluation_mode
+from rocket.models import evaluation_mode, is_streamed, sweep
 from rocket.run import track
 
 # Logit entries upcast to fp32 at once: 64 MiB.
@@ -79,12 +80,15 @@ def perplexity(
 
 def window_losses_of(model: Any, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Mean nats per predicted token of each window, fp64 [windows], for batches of token ids [batch, seq_len]."""
-    losses: list[torch.Tensor] = []
+
+    def losses_of(batch: torch.Tensor) -> torch.Tensor:
+        ids = batch.to(model.device)
+        return _window_losses(model(input_ids=ids, use_cache=False).logits, ids).cpu()
+
     with evaluating(model):
-        for batch in batches:
-            ids = batch.to(model.device)
-            losses.append(_window_losses(model(input_ids=ids, use_cache=False).logits, ids).cpu())
-    return torch.cat(losses)
+        if is_streamed(model):
+            return torch.cat(sweep(model, [partial(losses_of, batch) for batch in batches]))
+        return torch.cat([losses_of(batch) for batch in batches])
 
 
 def spread_windows(windows: torch.Tensor, count: int) -> torch.Tensor:

@@ -34,10 +34,11 @@ class Location:
     embedded: EmbeddedModel | None = None
 
 
-def load_model(config: ModelConfig, streams: bool = False) -> tuple[PreTrainedModel, Any]:
+def load_model(config: ModelConfig, streams: bool = False, states: Path | None = None) -> tuple[PreTrainedModel, Any]:
     """The model in evaluation mode, on its device and in its type, and its processor.
 
-    ``streams``: its blocks stay in the checkpoint's files until they are needed (`residence`).
+    ``streams``: its blocks stay in the checkpoint's files until they are needed; ``states``: where hidden states wait
+    then, if not in memory (`residence`).
 
     The processor is what the model's kind takes: a tokenizer, an image processor, a feature extractor, or one of
     several of them. Raises RocketError when the path is no model, the model is already quantized or compressed, or a
@@ -52,17 +53,19 @@ def load_model(config: ModelConfig, streams: bool = False) -> tuple[PreTrainedMo
         if location.file is not None:
             options["gguf_file"] = location.file
         model, processor = _open(config.path, location.source, dtype, options, compressed=False)
-    return _settle(config, model, streams), processor
+    return _settle(config, model, streams, states), processor
 
 
-def open_checkpoint(path: Path, config: ModelConfig, streams: bool = False) -> tuple[PreTrainedModel, Any]:
+def open_checkpoint(
+    path: Path, config: ModelConfig, streams: bool = False, states: Path | None = None
+) -> tuple[PreTrainedModel, Any]:
     """A compressed checkpoint as any user opens it, on the device and in the type of the config."""
     dtype, options = getattr(torch, config.dtype), {"trust_remote_code": config.trust_remote_code}
     model, processor = _open(str(path), str(path), dtype, options, compressed=True)
-    return _settle(config, model, streams), processor
+    return _settle(config, model, streams, states), processor
 
 
-def _settle(config: ModelConfig, model: PreTrainedModel, streams: bool) -> PreTrainedModel:
+def _settle(config: ModelConfig, model: PreTrainedModel, streams: bool, states: Path | None) -> PreTrainedModel:
     if not streams:
         return model.to(resolve_device(config.device)).eval()
     copied = unmapped(model)
@@ -71,7 +74,7 @@ def _settle(config: ModelConfig, model: PreTrainedModel, streams: bool) -> PreTr
             f"{config.path!r} does not fit into memory, and {copied} had to be copied into it: save the model as "
             f"safetensors in {config.dtype}, or set model.dtype to the type it is stored in"
         )
-    stream(model, resolve_device(config.device))
+    stream(model, resolve_device(config.device), states)
     return model.eval()
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,17 +29,18 @@ SMALL = 1 << 20
 RELEASE_SECONDS = 0.1
 
 
-def stream(model: nn.Module, device: torch.device) -> None:
+def stream(model: nn.Module, device: torch.device, states: Path | None = None) -> None:
     """From now on the blocks of a model, on the CPU, come to ``device`` when they are called and go when they return.
 
-    Everything outside the blocks moves to ``device`` and stays.
+    Everything outside the blocks moves to ``device`` and stays. ``states`` is a folder where hidden states wait while
+    all batches pass a block in step (None: they wait in memory).
     """
     blocks = find_blocks(model)
     inside = {id(parameter) for block in blocks.values() for parameter in _tensors(block)}
     for tensor in _tensors(model):
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(device)
-    residence = _Residence(device)
+    residence = _Residence(device, states)
     for block in blocks.values():
         block.register_forward_pre_hook(lambda block, _: residence.enter(block))
         block.register_forward_hook(lambda block, *_: residence.leave(block))
@@ -83,11 +86,46 @@ def hold(model: nn.Module, block: str) -> Iterator[None]:
         residence.leave(module, held=True)
 
 
+def spill(model: nn.Module, candidates: Iterable[Any]) -> Spilled | None:
+    """Write the first hidden state among the candidates to disk, if the model's wait there, and free its memory."""
+    residence: Any = getattr(model, "_residence", None)
+    if residence is None or residence.states is None:
+        return None
+    hidden = next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
+    if hidden is None or hidden.untyped_storage().nbytes() != hidden.numel() * hidden.element_size():
+        return None  # a part of something else, which may be in use
+    return Spilled(hidden, residence.states)
+
+
+class Spilled:
+    """A tensor whose numbers are in a file until they are asked for; the file goes with it."""
+
+    def __init__(self, tensor: Tensor, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+            self._path = Path(file.name)
+            self._storage = tensor.detach().untyped_storage()
+            self._bytes = self._storage.nbytes()
+            numbers = torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(self._storage)
+            numbers.to("cpu", copy=True).numpy().tofile(file)  # what numpy has seen cannot be freed
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
+        self._device = tensor.device
+        self._storage.resize_(0)
+
+    def load(self) -> None:
+        """The numbers back into the tensor."""
+        if self._storage.nbytes() == 0:
+            self._storage.resize_(self._bytes)
+            numbers = torch.from_file(str(self._path), shared=False, size=self._bytes, dtype=torch.uint8)
+            torch.tensor([], dtype=torch.uint8, device=self._device).set_(self._storage).copy_(numbers)
+
+
 class _Residence:
     """The blocks that are on the device now, with where their tensors were."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, states: Path | None) -> None:
         self._device = device
+        self.states = states
         self._held: set[nn.Module] = set()
         self._homes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -17,7 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from rocket.models.inputs import without_cache
-from rocket.models.residence import hold
+from rocket.models.residence import Spilled, hold, spill
 from rocket.models.structure import find_blocks
 
 Result = TypeVar("Result")
@@ -25,16 +25,26 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A block that a task wants called: ``task`` is its number, ``forward`` the block's forward."""
+    """A block that a task wants called: ``task`` is its number, ``forward`` the block's forward.
+
+    ``hidden`` is where its hidden state waits on disk, if it does.
+    """
 
     task: int
     block: str
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    hidden: Spilled | None = None
 
     def run(self) -> Any:
+        self.load()
         return self.forward(*self.args, **self.kwargs)
+
+    def load(self) -> None:
+        """Bring the hidden state back."""
+        if self.hidden is not None:
+            self.hidden.load()
 
 
 def run_calls(block: str, calls: Sequence[Call]) -> Iterator[Any]:
@@ -51,8 +61,8 @@ def sweep(
     """Results of the tasks, each of which runs the model once.
 
     ``visit(block, calls)`` yields what each of the calls returns, in their order; all tasks that have come to a block
-    are in one visit of it. Memory: the hidden states of all batches, beside what the weights of one block take where
-    a model's weights do not stay in memory (`residence`). What a task raises ends all of them.
+    are in one visit of it. Memory: the hidden states of all batches, if they do not wait on disk, beside the weights of
+    one block where a model's do not stay in memory (`residence`). What a task raises ends all of them.
     """
     results: dict[int, Result] = {}
     waiting: dict[int, tuple[greenlet, Call]] = {}
@@ -64,7 +74,10 @@ def sweep(
         if task.dead:
             results[number] = call
         else:
-            waiting[number] = (task, call)
+            waiting[number] = (
+                task,
+                replace(call, hidden=spill(model, (*call.args[:1], call.kwargs.get("hidden_states")))),
+            )
 
     with _calls_wait(find_blocks(model)) as start, without_cache(model):
         for number, task in enumerate(tasks):

@@ -15,10 +15,13 @@ from rocket.config import Config, RocketError
 from rocket.models import LinearLayer, auto_class, block_of, features_of, find_blocks, resolve_device, target_layers
 from rocket.models.load import locate
 
-# What the largest step of a form holds of in·in and of in·out numbers, in float32: measured by benchmarks/streaming.py.
-FORMS_HOLD = {"low_rank": (4.0, 12.0), "dictionary": (4.0, 14.0), "sparse": (5.0, 14.0)}
-SMALL_SPARSE = (8.0, 14.0)  # inverses of small matrices are kept
-KEPT_INVERSES = 8192
+# What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
+# inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
+FORMS_HOLD = {
+    "low_rank": ((4.0, 12.0), (4.0, 6.0)),
+    "dictionary": ((4.0, 16.0), (4.0, 6.0)),
+    "sparse": ((8.0, 14.0), (8.0, 14.0)),
+}
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
@@ -166,10 +169,7 @@ def _gram_bytes(features: Sequence[int]) -> float:
 
 def _layer_bytes(out_features: int, in_features: int, forms: Sequence[str]) -> float:
     square, rectangle = 4 * in_features * in_features, 4 * in_features * out_features
-    held = [
-        SMALL_SPARSE if form == "sparse" and in_features <= KEPT_INVERSES else FORMS_HOLD.get(form, (0.0, 0.0))
-        for form in forms
-    ]
+    held = [FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[in_features > out_features] for form in forms]
     return max(squares * square + rectangles * rectangle for squares, rectangles in held)
 
 

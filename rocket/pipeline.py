@@ -28,8 +28,9 @@ from rocket.calib import (
 )
 from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
+from rocket.config.records import Whole, read_record
 from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
-from rocket.evaluation import Evaluation, Score, evaluate, window_losses_of
+from rocket.evaluation import Evaluation, evaluate, window_losses_of
 from rocket.models import (
     Batch,
     is_causal_lm,
@@ -63,7 +64,12 @@ class StoredGrams(Mapping[str, Tensor]):
         tensors = self._run.read_tensors(_gram_file(name), self._expected)
         if tensors is None:
             raise RocketError(f"{self._run.path / _gram_file(name)} is missing; delete calibration/ and run again")
-        return unpack_triangle(tensors["gram"])
+        try:
+            return unpack_triangle(tensors["gram"])
+        except (KeyError, ValueError):
+            raise RocketError(
+                f"{self._run.path / _gram_file(name)} holds no Gram matrix; delete calibration/ and run again"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -161,8 +167,11 @@ def _calibration_tokens(session: Session, spare: int = 0) -> Tensor:
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
     run, expected = session.run, session.calibration_fingerprint
-    index = run.read_json("calibration/index.json", expected)
-    if index is None or any(not (run.path / _gram_file(name)).exists() for name in index["tokens"]):
+    content = run.read_json("calibration/index.json", expected)
+    if content is None:
+        return None
+    index = read_record(_CalibrationIndex, content, run.path / "calibration/index.json")
+    if any(not run.has_file(_gram_file(name)) for name in index.tokens):
         return None
     sensitivities: dict[str, Tensor] = {}
     if session.config.calib.sensitivity_samples:
@@ -170,8 +179,21 @@ def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | Non
         if stored is None:
             return None
         sensitivities = stored
-    grams = StoredGrams(run, expected, list(index["tokens"]))
-    return Calibration(index["inputs"], grams, index["tokens"], sensitivities), ModelSize(**index["size"])
+    grams = StoredGrams(run, expected, list(index.tokens))
+    return Calibration(index.inputs, grams, index.tokens, sensitivities), index.size
+
+
+@dataclass(frozen=True)
+class _CalibrationIndex:
+    """calibration/index.json: `Calibration` without its tensors, and the size of the model."""
+
+    inputs: dict[str, str]
+    tokens: dict[str, Whole]
+    size: ModelSize
+
+    def __post_init__(self) -> None:
+        if not self.inputs or not set(self.inputs.values()) <= self.tokens.keys():
+            raise RocketError("calibration/index.json names inputs that it does not count; delete it and run again")
 
 
 def profile_layers(session: Session) -> Planner:
@@ -179,7 +201,7 @@ def profile_layers(session: Session) -> Planner:
     calibration, size = gather_activations(session)
     run, expected, settings = session.run, session.profile_fingerprint, session.config.profiling
     stored = {name: run.read_json(_profile_file(name), expected) for name in calibration.inputs}
-    profiles = {name: LayerProfile.from_dict(content) for name, content in stored.items() if content is not None}
+    profiles = {name: LayerProfile.from_dict(content, name) for name, content in stored.items() if content is not None}
     missing = [name for name in stored if name not in profiles]
     if missing:
         layers = session.layers
@@ -231,8 +253,11 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
 
 
 def _stored_prices(session: Session) -> list[MeasuredPoint]:
-    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session)) or {"points": []}
-    return [MeasuredPoint(*values) for values in content["points"]]
+    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session))
+    if content is None:
+        return []
+    points = read_record(dict[str, list[tuple[float, float, float]]], content, session.run.path / "plans/measured.json")
+    return [MeasuredPoint(*values) for values in points.get("points", [])]
 
 
 def _prices_fingerprint(session: Session) -> str:
@@ -336,8 +361,7 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
     content = session.run.read_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject))
     if content is None:
         return None
-    scores = {source: [Score(**score) for score in scores] for source, scores in content.pop("scores").items()}
-    return Evaluation(**content, scores=scores)
+    return read_record(Evaluation, content, session.run.path / f"evaluation/{name}.json")
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,20 @@ class Calibration:
     def problem(self, layer: str, weight: Tensor, settings: ProfilingConfig) -> LayerProblem:
         """The layer's weight [out, in] with what calibration knows of it, on the weight's device.
 
-        Of the settings, ``cost`` and ``correlation_shrinkage`` count.
+        Of the settings, ``cost`` and ``correlation_shrinkage`` count. Raises RocketError naming the layer where they do
+        not fit together or are not finite.
         """
         sensitivity = self.sensitivities.get(layer)
-        return LayerProblem(
-            weight.detach().float(),
-            self.gram(layer).to(weight.device),
-            None if sensitivity is None else sensitivity.to(weight.device),
-            settings.cost,
-            settings.correlation_shrinkage,
-        )
+        try:
+            return LayerProblem(
+                weight.detach().float(),
+                self.gram(layer).to(weight.device),
+                None if sensitivity is None else sensitivity.to(weight.device),
+                settings.cost,
+                settings.correlation_shrinkage,
+            )
+        except ValueError as error:
+            raise RocketError(f"{layer}: {error}") from None
 
 
 def collect_grams(model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Batch]) -> Calibration:

@@ -14,7 +14,7 @@ from rocket.config.errors import RocketError
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
 from rocket.models import ExpertLinears, LinearLayer, unstack_experts, weight_of
-from rocket.nn import LAYERS, CompressedLinear, LayerSpec, attach_quantizer, replace_module
+from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 from rocket.run import track
 
@@ -40,10 +40,13 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
     specs: dict[str, LayerSpec] = {}
     for name, option in track(plan.choices.items(), "compress layers"):
         linear = _linear(model, name)
-        if option.form not in LAYERS:
+        if option.form == "dense":
             continue
         problem = calibration.problem(name, weight_of(linear), plan.profiling)
-        layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
+        try:
+            layer = build_layer(linear, problem, option, plan.input_groups[name], plan)
+        except ValueError as error:
+            raise RocketError(f"{name}: {error}") from error
         specs[name] = layer.spec
         replace_module(model, name, layer)
     if not specs:
@@ -55,12 +58,19 @@ def compress(model: Model, plan: Plan, calibration: Calibration | None = None, *
 def build_layer(
     linear: LinearLayer, problem: LayerProblem, option: Option, input_group: str, plan: Plan
 ) -> CompressedLinear:
-    """The layer that stores ``linear`` as ``option`` says, in the type and on the device of ``linear``."""
-    state = FORMS[option.form].build(problem, option, plan.profiling)
+    """The layer that stores ``linear`` as ``option`` says, in the type and on the device of ``linear``.
+
+    Raises ValueError for an option that the layer cannot take.
+    """
     with torch.device("meta"):
         spec = option.spec(problem.in_features, problem.out_features, input_group)
         layer = empty_layer(spec, linear.bias is not None)
+    if layer.stored_values() != option.parameters:
+        raise ValueError(
+            f"the plan counts {option.parameters} values where its rank and nnz make {layer.stored_values()}"
+        )
     layer.replaces = type(linear)
+    state = FORMS[option.form].build(problem, option, plan.profiling)
     state = {
         name: tensor.to(linear.weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
     }

@@ -125,7 +125,7 @@ class RunDirectory:
             for entry in (Path(folder, name) for name in (*folders, *files)):
                 if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
                     raise RocketError(
-                        f"{entry} is a link or no plain file; rocket writes none, and follows none in output_dir: remove it"
+                        f"{entry} is a link or no plain file; rocket follows none in output_dir: remove it"
                     )
 
     def _check_identity(self, identity: dict[str, object]) -> None:

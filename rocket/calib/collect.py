@@ -16,7 +16,7 @@ from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.models import Batch, LinearLayer, block_of, find_blocks, run_forward
+from rocket.models import Batch, LinearLayer, block_of, find_blocks, remedy_of_nan, run_forward
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class _Collector:
             bad = int((~torch.isfinite(tokens)).any(dim=0).sum())
             raise RocketError(
                 f"{name}: calibration batch {self._batch} produced non-finite activations in {bad} of "
-                f"{tokens.shape[1]} input features; use model.dtype=float32 or look for NaN weights"
+                f"{tokens.shape[1]} input features; {remedy_of_nan(self.model)}"
             ) from None
 
     def _select(self, name: str, inputs: Tensor) -> Tensor:

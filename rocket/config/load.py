@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from rocket.config.errors import RocketError
 from rocket.config.schema import Config
 
-
 MAX_FILE_BYTES = 1_000_000
 MAX_QUOTED = 200
 

@@ -1,10 +1,11 @@
-"""From the JSON of a file that anyone may have written to one of our dataclasses, or to a line that says what is wrong."""
+"""From JSON that anyone may have written to one of our dataclasses, or to one line that says what is wrong with it."""
 
 from __future__ import annotations
 
 import functools
 import json
-from typing import Annotated, Any, TypeVar
+from collections.abc import Hashable
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -29,7 +30,8 @@ def read_record(kind: type[Record], values: object, where: object) -> Record:
     {'a': 3}
     """
     try:
-        return _adapter(kind).validate_json(json.dumps(values), strict=True)
+        record: Record = _adapter(cast(Hashable, kind)).validate_json(json.dumps(values), strict=True)
+        return record
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(str(part)[:80] for part in first["loc"])
@@ -37,5 +39,5 @@ def read_record(kind: type[Record], values: object, where: object) -> Record:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(cast(Any, kind))

@@ -27,14 +27,20 @@ from rocket.models.inputs import (
 from rocket.models.linear import LinearLayer, features_of, is_linear, make_linear, weight_of
 from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
 from rocket.models.mode import evaluation_mode
-from rocket.models.structure import block_of, find_blocks, target_layers
+from rocket.models.stored import Endings, StoredTensor, check_counts, check_places, check_size, read_headers
+from rocket.models.structure import block_of, find_blocks, remedy_of_nan, target_layers
 
 __all__ = [
     "Batch",
+    "Endings",
     "ExpertLinears",
     "LinearLayer",
+    "StoredTensor",
     "auto_class",
     "block_of",
+    "check_counts",
+    "check_places",
+    "check_size",
     "evaluation_mode",
     "expert_layouts",
     "features_of",
@@ -52,7 +58,9 @@ __all__ = [
     "open_checkpoint",
     "open_model",
     "open_processor",
+    "read_headers",
     "refuse_quantized",
+    "remedy_of_nan",
     "resolve_device",
     "restack_experts",
     "run_forward",

@@ -37,7 +37,7 @@ class LayerSpec:
         """Read an entry of config.json. Raises ValueError if a field is missing, unknown or of the wrong type."""
         expected = {field.name: str if field.name in ("form", "input_group") else int for field in fields(cls)}
         if set(values) != set(expected) or any(type(values[key]) is not kind for key, kind in expected.items()):
-            raise ValueError(f"expected {', '.join(expected)}, got {dict(values)!r}")
+            raise ValueError(f"expected {', '.join(expected)}, got {dict(values)!r:.200}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

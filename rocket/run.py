@@ -65,6 +65,11 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def seal_json(name: str, fingerprint: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON artifact of this name holds: its content, what made it, and the checksum of both name and content."""
+    return {"fingerprint": fingerprint, "checksum": _json_checksum(name, content), "content": content}
+
+
 def _json_checksum(name: str, content: object) -> str:
     return hashlib.sha256(name.encode() + b":" + _canonical(content)).hexdigest()
 
@@ -156,8 +161,7 @@ class RunDirectory:
 
     def write_json(self, name: str, fingerprint: str, content: Mapping[str, Any]) -> Path:
         """Write a JSON artifact atomically."""
-        body = {"fingerprint": fingerprint, "checksum": _json_checksum(name, content)}
-        return self.write_text(name, json.dumps({**body, "content": content}, indent=1, default=str) + "\n")
+        return self.write_text(name, json.dumps(seal_json(name, fingerprint, content), indent=1, default=str) + "\n")
 
     def read_json(self, name: str, expected: str | None) -> dict[str, Any] | None:
         """The content of a JSON artifact, or None if there is none with the fingerprint (None: any will do)."""

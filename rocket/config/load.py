@@ -78,6 +78,7 @@ def dump_config(config: Config) -> str:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    override = _shortened(override)
     if not separator or not key:
         raise RocketError(f"--set {override}: write key=value, for example --set calib.num_samples=64")
     try:
@@ -103,7 +104,7 @@ def _explain(item: dict[str, Any]) -> str:
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}: {hint}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _shortened(item["msg"].removeprefix("Value error, "))
     return (
         f"{key}={_shortened(_quoted(item['input']))}: {message}"
         if location and not isinstance(item["input"], dict)

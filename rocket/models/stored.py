@@ -64,7 +64,7 @@ def check_places(source: str | os.PathLike[str], files: Iterable[str | Path]) ->
     root = os.path.normpath(source) if os.path.isdir(source) else None
     for file in files:
         inside = ".." not in Path(file).parts if root is None else os.path.normpath(file).startswith(root + os.sep)
-        if not inside:
+        if not inside or len(Path(file).name) > MAX_NAME:
             raise RocketError(f"the index of {source} names {str(file)[:200]}, which is not in it")
 
 
@@ -78,7 +78,7 @@ def check_config_file(file: str | Path) -> None:
     except OSError as error:
         raise RocketError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise RocketError(f"{file} is not JSON: {first_line(error)[:200]}") from None
+        raise RocketError(f"{file} is not JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise RocketError(f"{file} holds no mapping")
     check_counts(values)

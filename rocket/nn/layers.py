@@ -231,7 +231,7 @@ LAYERS: dict[str, type[CompressedLinear]] = {
 def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
     """A layer of the form that ``spec`` names, its tensors zero. Raises ValueError if the spec cannot be."""
     if spec.form not in LAYERS:
-        raise ValueError(f"unknown layer form {spec.form!r}; this version knows {', '.join(LAYERS)}")
+        raise ValueError(f"unknown layer form {spec.form!r:.80}; this version knows {', '.join(LAYERS)}")
     return LAYERS[spec.form](spec, bias)
 
 

@@ -244,27 +244,28 @@ def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> Compres
 def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Mapping[str, StoredTensor]) -> None:
     """Compare what config.json makes of the model, on meta, with what the files hold.
 
-    transformers fills tensors that a checkpoint lacks with random numbers and a warning. Here that is an error in
-    layers that are compressed and in repeated blocks, and elsewhere (a classifier's new head) for more than a few.
+    transformers fills tensors that a checkpoint lacks with random numbers and a warning. Here that is an error; but for
+    another class than was saved, whose head may be new, only in compressed layers and repeated blocks.
     """
     from rocket.models import Endings, check_size, find_blocks  # here, as it imports the model classes
 
     present = Endings(stored)
     ours = {id(tensor): f"{name}.{key}" for name, layer in layers.items() for key, tensor in _tensors_of(layer)}
-    blocks = tuple(f"{name}." for name in find_blocks(model))
+    config: Any = model.config
+    saved_as_this = type(model).__name__ in (config.architectures or ())
+    required = ("",) if saved_as_this else tuple(f"{name}." for name in find_blocks(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     persistent = model.state_dict().keys()
     missing = 0
     for name, tensor in _tensors_of(model):
-        stored_name = present.find(ours.get(id(tensor), name)) if name in persistent else None
-        if stored_name is not None:
-            _check_tensor(stored_name, stored[stored_name], tensor, is_ours=id(tensor) in ours)
-        elif name not in persistent or name in tied or not (id(tensor) in ours or name.startswith(blocks)):
-            missing += 0 if name in tied else tensor.numel()
-        else:
-            raise RocketError(
-                f"the checkpoint lacks the tensor {ours.get(id(tensor), name)}; a file is missing or was replaced"
-            )
+        own_name = ours.get(id(tensor), name)
+        is_required = name in persistent and (id(tensor) in ours or name.startswith(required))
+        stored_name = present.find(own_name) if name in persistent else None
+        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, is_required):
+            continue
+        if is_required and name not in tied:
+            raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
+        missing += 0 if name in tied else tensor.numel()
     check_size(missing)
 
 
@@ -272,12 +273,15 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _check_tensor(name: str, stored: StoredTensor, tensor: torch.Tensor, is_ours: bool) -> None:
-    if stored.shape != tuple(tensor.shape) and is_ours:
+def _fits(name: str, stored: StoredTensor, tensor: torch.Tensor, must_fit: bool) -> bool:
+    """Whether a stored tensor has the shape that the model asks for; an error where it must, or is of another type."""
+    if stored.shape != tuple(tensor.shape) and must_fit:
         raise RocketError(f"{name} is {list(stored.shape)} in the checkpoint, config.json says {list(tensor.shape)}")
-    wanted = "U8" if tensor.dtype == torch.uint8 else "floating-point" if tensor.is_floating_point() else None
-    if wanted is not None and stored.dtype != wanted and not (wanted == "floating-point" and stored.is_floating_point):
-        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be {wanted}")
+    if tensor.dtype == torch.uint8 and stored.dtype != "U8":
+        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be U8")
+    if tensor.is_floating_point() and not stored.is_floating_point:
+        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be floating-point")
+    return stored.shape == tuple(tensor.shape)
 
 
 def _check_mask(name: str, layer: CompressedLinear) -> None:

@@ -205,6 +205,12 @@ def profile_layers(session: Session) -> Planner:
     missing = [name for name in stored if name not in profiles]
     if missing:
         layers = session.layers
+        strangers = [name for name in missing if name not in layers]
+        if strangers:
+            raise RocketError(
+                f"calibration/index.json names {strangers[0]:.200}, which is no target layer of this model; delete "
+                "calibration/ and run again"
+            )
         with session.stage("profile layers"):
             for name in track(missing, "profile layers"):
                 problem = calibration.problem(name, weight_of(layers[name]), settings)

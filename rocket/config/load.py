@@ -78,7 +78,7 @@ def dump_config(config: Config) -> str:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    override = _shortened(override)
+    override = _shortened(" ".join(override.split()))
     if not separator or not key:
         raise RocketError(f"--set {override}: write key=value, for example --set calib.num_samples=64")
     try:

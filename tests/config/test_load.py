@@ -135,6 +135,7 @@ def test_bad_input_is_told_in_one_line(write, text, message):
     [
         ("calib.num_samples", "write key=value, for example --set calib.num_samples=64"),
         ("=3", "write key=value"),
+        ("a\nb", "--set a b: write key=value"),
         ("output_dir.name=3", "output_dir is not a section"),
         ("calib.samples=3", "unknown key 'calib.samples': did you mean"),
         ("compression.removed_ratio=2", "compression.removed_ratio=2: Input should be less than 1"),

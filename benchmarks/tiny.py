@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 WORDS = ("the", "a", "river", "winds", "past", "old", "stone", "houses", "while", "nobody", "watches", "cold", "rain")
 
 
-def make_model(layers: int = 1, hidden: int = 16, seed: int = 0) -> PreTrainedModel:
+def make_model(layers: int = 1, hidden: int = 16, intermediate_size: int | None = None) -> PreTrainedModel:
     """A Llama with this many blocks, in float32."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
         vocab_size=257,
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=intermediate_size or 2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -10,6 +10,7 @@ nothing else: profiles do not depend on the budget, and a second size costs a pl
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from rocket.models import (
     Batch,
     is_causal_lm,
     open_checkpoint,
+    remedy_of_nan,
     sample_batches,
     takes_media,
     takes_text_alone,
@@ -357,6 +359,9 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
     _check_sources(session)
     with session.stage("evaluate original"):
         evaluation, kept = evaluate(session.config.evaluation, model, processor)
+    for text, perplexity in evaluation.perplexities.items():
+        if math.isnan(perplexity):
+            raise RocketError(f"the original's perplexity on {text} is not a number; {remedy_of_nan(model)}")
     if kept:
         session.run.write_tensors(_KEPT, expected, kept)
     session.run.write_json("evaluation/original.json", expected, asdict(evaluation))

@@ -97,7 +97,7 @@ def check_counts(values: Mapping[str, Any]) -> None:
         most = next((most for ending, most in MAX_COUNTS.items() if re.search(ending, str(key))), None)
         for count in value if isinstance(value, list) else [value]:
             if most is not None and isinstance(count, int | float) and count > most:
-                raise RocketError(f"config.json: {key}={count:.20g} is more than any model has ({most})")
+                raise RocketError(f"config.json: {key}={count!r:.30} is more than any model has ({most})")
 
 
 def check_size(missing: int) -> None:

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test test-models quality docs release-check sanitize format clean
+.PHONY: help run test test-models quality docs release-check sanitize audit format clean
 
 # The first of these that can make virtual environments; the locks were resolved with 3.11.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked
+LOCKS := requirements/dev.txt requirements/demo.txt
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 
@@ -48,6 +49,18 @@ release-check: $(INSTALLED) ## Build wheel and sdist; install and try both in cl
 sanitize: $(INSTALLED) ## Fuzz the CPU kernels under AddressSanitizer and UBSan; needs g++
 	$(BIN)/python tests/kernels/sanitize.py
 
+AUDIT := build/audit
+ADVISORIES := https://pypi.org/pypi/pip/json
+
+audit: ## Look the locked packages up among known vulnerabilities; without a network it says so and lets it be
+	@if ! $(PYTHON) -c "import urllib.request; urllib.request.urlopen('$(ADVISORIES)', timeout=20)" 2>/dev/null; then \
+		echo "$(ADVISORIES) cannot be reached: the locked packages are not audited" >&2; \
+	else \
+		test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+			$(AUDIT)/bin/python -m pip install --quiet "pip-audit>=2.7,<3"; } && \
+		$(AUDIT)/bin/pip-audit --disable-pip --no-deps $(foreach lock,$(LOCKS),-r $(lock)); \
+	fi
+
 format: $(INSTALLED) ## Format, and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -60,7 +73,7 @@ clean: ## Remove the environment, caches and builds; output/ stays
 	find rocket tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	find rocket -name '*.so' -delete
 
-$(LOCKED): requirements/dev.txt requirements/demo.txt
+$(LOCKED): $(LOCKS)
 	@test -n "$(PYTHON)" || { echo "no python3 >= 3.10 with venv found: make PYTHON=/path/to/it" >&2; exit 1; }
 	@echo "installing the locked packages into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)

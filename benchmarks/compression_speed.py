@@ -96,7 +96,7 @@ def profile_and_build(
                 start = time.perf_counter()
                 layer = layers[name]
                 problem = calibration.problem(name, layer.weight, settings)
-                build_tensors(layer, problem, option, plan)
+                build_tensors(name, layer, problem, option, plan)
                 note("build", layer, start)
     for (stage, shape), values in sorted(seconds.items()):
         rows.append(

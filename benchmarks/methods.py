@@ -126,7 +126,7 @@ def of_plan(bench: Bench, plan: Plan) -> Compressed:
             continue
         linear = bench.layers[name]
         problem = bench.calibration.problem(name, linear.weight, plan.profiling)
-        layer = make_layer(linear, build_tensors(linear, problem, option, plan), option, plan.input_groups[name])
+        layer = make_layer(linear, build_tensors(name, linear, problem, option, plan), option, plan.input_groups[name])
         weights[name] = layer.float().dense_weight().detach().to(linear.weight.dtype)
     return Compressed(weights, plan.removed_ratio, plan.bytes_removed_ratio, forms_of(plan), plan.cost)
 

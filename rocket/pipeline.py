@@ -10,6 +10,7 @@ nothing else: profiles do not depend on the budget, and a second size costs a pl
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,11 +27,20 @@ from rocket.calib import (
     pack_triangle,
     unpack_triangle,
 )
-from rocket.compression import build_tensors, compress, compressed_layers, merge, save_checkpoint, stored_values
+from rocket.compression import (
+    build_tensors,
+    compress,
+    compressed_layers,
+    linear_layer,
+    merge,
+    save_checkpoint,
+    stored_values,
+)
 from rocket.config import RocketError
-from rocket.evaluation import Evaluation, Score, evaluate, window_losses_of
+from rocket.config.records import Whole, read_record
+from rocket.evaluation import Evaluation, evaluate, window_losses_of
 from rocket.material import calibrates_on_samples, calibration_batches, calibration_tokens, check_sources
-from rocket.models import LinearLayer, features_of, is_causal_lm, open_checkpoint, release_pages
+from rocket.models import LinearLayer, features_of, is_causal_lm, open_checkpoint, release_pages, remedy_of_nan
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.ranks import ranks
 from rocket.run import RunDirectory, Usage, fingerprint, track
@@ -54,7 +64,12 @@ class StoredGrams(MutableMapping[str, Tensor]):
         tensors = self._run.read_tensors(_gram_file(name), self._expected)
         if tensors is None:
             raise RocketError(f"{self._run.path / _gram_file(name)} is missing; delete calibration/ and run again")
-        return unpack_triangle(tensors["gram"])
+        try:
+            return unpack_triangle(tensors["gram"])
+        except (KeyError, ValueError):
+            raise RocketError(
+                f"{self._run.path / _gram_file(name)} holds no Gram matrix; delete calibration/ and run again"
+            ) from None
 
     def __setitem__(self, name: str, gram: Tensor) -> None:
         self._run.write_tensors(_gram_file(name), self._expected, {"gram": pack_triangle(gram)})
@@ -122,8 +137,11 @@ def _found_calibration(session: Session) -> tuple[Calibration, ModelSize]:
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
     run, expected = session.run, session.calibration_fingerprint
-    index = run.read_json("calibration/index.json", expected)
-    if index is None or any(not (run.path / _gram_file(name)).exists() for name in index["tokens"]):
+    content = run.read_json("calibration/index.json", expected)
+    if content is None:
+        return None
+    index = read_record(_CalibrationIndex, content, run.path / "calibration/index.json")
+    if any(not run.has_file(_gram_file(name)) for name in index.tokens):
         return None
     sensitivities: dict[str, Tensor] = {}
     if session.config.calib.sensitivity_samples:
@@ -131,8 +149,21 @@ def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | Non
         if stored is None:
             return None
         sensitivities = stored
-    grams = StoredGrams(run, expected, list(index["tokens"]))
-    return Calibration(index["inputs"], grams, index["tokens"], sensitivities), ModelSize(**index["size"])
+    grams = StoredGrams(run, expected, list(index.tokens))
+    return Calibration(index.inputs, grams, index.tokens, sensitivities), index.size
+
+
+@dataclass(frozen=True)
+class _CalibrationIndex:
+    """calibration/index.json: `Calibration` without its tensors, and the size of the model."""
+
+    inputs: dict[str, str]
+    tokens: dict[str, Whole]
+    size: ModelSize
+
+    def __post_init__(self) -> None:
+        if not self.inputs or not set(self.inputs.values()) <= self.tokens.keys():
+            raise RocketError("calibration/index.json names inputs that it does not count; delete it and run again")
 
 
 def profile_layers(session: Session) -> Planner:
@@ -143,8 +174,8 @@ def profile_layers(session: Session) -> Planner:
         raise RocketError(
             f"{unknown[0]} and {len(unknown) - 1} other layers are not profiled yet; run all shards first"
         )
-    contents = _stored_profiles(session, calibration).values()
-    profiles = [LayerProfile.from_dict(content) for content in contents if content is not None]
+    contents = _stored_profiles(session, calibration)
+    profiles = [LayerProfile.from_dict(content, name) for name, content in contents.items() if content is not None]
     planner = Planner(profiles, size, session.config.profiling, session.config.allocation, calibration)
     return replace(planner, measured=_stored_prices(session))
 
@@ -157,6 +188,12 @@ def profile_share(session: Session, calibration: Calibration) -> list[str]:
         session.skip("profile layers")
         return []
     layers, settings = session.layers, session.config.profiling
+    strangers = [name for name in missing if name not in layers]
+    if strangers:
+        raise RocketError(
+            f"calibration/index.json names {strangers[0]:.200}, which is no target layer of this model; delete "
+            "calibration/ and run again"
+        )
     with session.stage("profile layers"):
         # Shards are parts of the whole, whichever of them are done; processes that talk share what is left.
         mine = session.my_share({name: _work(layers[name]) for name in (stored if session.shard else missing)})
@@ -224,8 +261,11 @@ def _measure(session: Session, plans: Sequence[Plan]) -> list[MeasuredPoint]:
 
 
 def _stored_prices(session: Session) -> list[MeasuredPoint]:
-    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session)) or {"points": []}
-    return [MeasuredPoint(*values) for values in content["points"]]
+    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session))
+    if content is None:
+        return []
+    points = read_record(dict[str, list[tuple[float, float, float]]], content, session.run.path / "plans/measured.json")
+    return [MeasuredPoint(*values) for values in points.get("points", [])]
 
 
 def _prices_fingerprint(session: Session) -> str:
@@ -283,11 +323,11 @@ def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Ten
     run, expected, calibration = session.run, session.plan_fingerprint, plan.calibration
     assert calibration is not None
     chosen = compressed_layers(plan)
-    layers = session.layers
+    layers = {name: linear_layer(session.model, name) for name in chosen}
     missing = session.agree([name for name in chosen if not run.has_tensors(_built_file(name), expected)])
     for name in track(session.my_share({name: _work(layers[name]) for name in missing}), "build layers"):
         problem = calibration.problem(name, session.weight(name), plan.profiling)
-        run.write_tensors(_built_file(name), expected, build_tensors(layers[name], problem, chosen[name], plan))
+        run.write_tensors(_built_file(name), expected, build_tensors(name, layers[name], problem, chosen[name], plan))
     session.wait()
     return BuiltLayers(run, expected, list(chosen))
 
@@ -372,6 +412,9 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
         check_sources(session)
         with session.stage("evaluate original"):
             stored, kept = evaluate(session.config.evaluation, model, processor)
+        for text, perplexity in stored.perplexities.items():
+            if math.isnan(perplexity):
+                raise RocketError(f"the original's perplexity on {text} is not a number; {remedy_of_nan(model)}")
         if kept:
             session.run.write_tensors(_KEPT, expected, kept)
         session.run.write_json("evaluation/original.json", expected, asdict(stored))
@@ -384,8 +427,7 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
     content = session.run.read_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject))
     if content is None:
         return None
-    scores = {source: [Score(**score) for score in scores] for source, scores in content.pop("scores").items()}
-    return Evaluation(**content, scores=scores)
+    return read_record(Evaluation, content, session.run.path / f"evaluation/{name}.json")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
     config.yaml  calibration/*.safetensors  profiles/LAYER.json  plans/BUDGET.json  models/BUDGET/
     evaluation/*.json  log.jsonl
 
-An artifact carries the fingerprint of everything it depends on and a checksum of what it holds. `RunDirectory.read_*`
-returns None when there is no artifact with that fingerprint (it must be made), and raises when there is one that was
-truncated or edited. Only JSON and safetensors are read or written: nothing that executes when opened.
+An artifact carries the fingerprint of everything it depends on and a checksum of its name and what it holds.
+`RunDirectory.read_*` returns None when there is no artifact with that fingerprint (it must be made), and raises when
+there is one that was truncated or edited. Only JSON and safetensors are read or written: nothing that executes when
+opened. Nothing outside the directory is read or written, whatever its files say: there are no links in it, and names
+that an artifact tells are taken only if they stay inside.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -31,9 +33,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+MANIFEST = "rocket-manifest.json"
+MAX_JSON_BYTES = 1 << 25
+"""Of an artifact; the plan of a model with 40 000 experts takes a quarter of it."""
+
 Item = TypeVar("Item")
 
 
@@ -59,8 +65,17 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def seal_json(name: str, fingerprint: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON artifact of this name holds: its content, what made it, and the checksum of both name and content."""
+    return {"fingerprint": fingerprint, "checksum": _json_checksum(name, content), "content": content}
+
+
+def _json_checksum(name: str, content: object) -> str:
+    return hashlib.sha256(name.encode() + b":" + _canonical(content)).hexdigest()
+
+
+def _tensor_checksum(file: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{file}:".encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous().cpu()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -83,9 +98,9 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             is_new_lock = not (path / ".lock").exists()
-            self._lock = (path / ".lock").open("w")
-        except OSError as error:
-            raise RocketError(f"output_dir {path} cannot be written: {error.strerror}") from None
+            self._lock = os.fdopen(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
+        except (OSError, ValueError) as error:
+            raise RocketError(f"output_dir {path} cannot be written: {_reason(error)}") from None
         try:
             if lock is not None:
                 fcntl.flock(self._lock, (fcntl.LOCK_EX if lock == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -95,11 +110,13 @@ class RunDirectory:
                 f"output_dir {path} is in use by another process; wait for it or choose another"
             ) from None
         try:
+            if (path / "run.json").exists():
+                self._check_files()
             self._check_identity(dict(identity))
         except BaseException:
-            self.close()
             if is_new_lock:
-                (path / ".lock").unlink()
+                (path / ".lock").unlink(missing_ok=True)
+            self.close()
             raise
 
     def close(self) -> None:
@@ -111,6 +128,14 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_files(self) -> None:
+        for folder, folders, files in os.walk(self.path):
+            for entry in (Path(folder, name) for name in (*folders, *files)):
+                if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                    raise RocketError(
+                        f"{entry} is a link or no plain file; rocket follows none in output_dir: remove it"
+                    )
 
     def _check_identity(self, identity: dict[str, object]) -> None:
         content = self.read_json("run.json", expected=None)
@@ -126,48 +151,46 @@ class RunDirectory:
             before, now = content.get(key), json.loads(_canonical(identity.get(key)))
             if before != now:
                 raise RocketError(
-                    f"output_dir {self.path} belongs to a run with {key}={before!r}, this one has {now!r}; "
+                    f"output_dir {self.path} belongs to a run with {key}={before!r:.200}, this one has {now!r}; "
                     "choose another with --set output_dir=..."
                 )
 
+    def has_file(self, name: str) -> bool:
+        """Whether there is an artifact of this name, made from whatever."""
+        return self._inside(name).exists()
+
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically."""
-        return self._write(name, text.encode())
+        return self._write(name, lambda temporary: temporary.write_bytes(text.encode()))
 
     def write_json(self, name: str, fingerprint: str, content: Mapping[str, Any]) -> Path:
         """Write a JSON artifact atomically."""
-        body = {"fingerprint": fingerprint, "checksum": hashlib.sha256(_canonical(content)).hexdigest()}
-        return self._write(name, json.dumps({**body, "content": content}, indent=1, default=str).encode() + b"\n")
+        return self.write_text(name, json.dumps(seal_json(name, fingerprint, content), indent=1, default=str) + "\n")
 
     def read_json(self, name: str, expected: str | None) -> dict[str, Any] | None:
         """The content of a JSON artifact, or None if there is none with the fingerprint (None: any will do)."""
-        path = self.path / name
+        path = self._inside(name)
         if not path.exists():
             return None
+        artifact = _load_json(path)
+        content = artifact.get("content")
         try:
-            artifact = json.loads(path.read_bytes())
-            content: dict[str, Any] = artifact["content"]
-            intact = artifact["checksum"] == hashlib.sha256(_canonical(content)).hexdigest()
-            found = artifact["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            intact, found, content = False, None, {}
+            intact = isinstance(content, dict) and artifact.get("checksum") == _json_checksum(name, content)
+        except RecursionError:
+            intact = False
         if not intact:
             raise RocketError(f"{path} is truncated or was edited; delete it and run again")
-        return content if expected in (None, found) else None
+        return cast(dict[str, Any], content) if expected in (None, artifact.get("fingerprint")) else None
 
     def write_tensors(self, name: str, fingerprint: str, tensors: Mapping[str, Tensor]) -> Path:
         """Write a safetensors artifact atomically."""
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, {"fingerprint": fingerprint, "checksum": _tensor_checksum(tensors)})
-        _publish(temporary, path)
-        return path
+        metadata = {"fingerprint": fingerprint, "checksum": _tensor_checksum(name, tensors)}
+        return self._write(name, lambda temporary: save_file(tensors, temporary, metadata))
 
     def read_tensors(self, name: str, expected: str) -> dict[str, Tensor] | None:
         """The tensors of a safetensors artifact, or None if there is none with the fingerprint."""
-        path = self.path / name
+        path = self._inside(name)
         if not path.exists():
             return None
         try:
@@ -176,9 +199,9 @@ class RunDirectory:
                 if metadata.get("fingerprint") != expected:
                     return None
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError:
+        except (SafetensorError, OSError, ValueError, RuntimeError):
             tensors, metadata = {}, {}
-        if not tensors or metadata.get("checksum") != _tensor_checksum(tensors):
+        if not tensors or metadata.get("checksum") != _tensor_checksum(name, tensors):
             raise RocketError(f"{path} is truncated or was edited; delete it and run again")
         return tensors
 
@@ -202,50 +225,109 @@ class RunDirectory:
     @contextmanager
     def new_directory(self, name: str, fingerprint: str) -> Iterator[Path]:
         """A folder to fill; it takes its name, with a manifest of its files, only when all is written."""
-        final = self.path / name
+        final = self._inside(name)
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        files = {str(file.relative_to(temporary)): file_checksum(file) for file in _files(temporary)}
-        manifest = {"fingerprint": fingerprint, "files": files}
-        (temporary / "rocket-manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        for file in _files(temporary):
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        _publish(temporary, final)
+        try:
+            with _writing(final):
+                temporary.mkdir(parents=True)
+                yield temporary
+                files = {str(file.relative_to(temporary)): file_checksum(file) for file in _files(temporary)}
+                manifest = {"fingerprint": fingerprint, "files": files}
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+                for file in _files(temporary):
+                    _sync(file)
+                shutil.rmtree(final, ignore_errors=True)
+                _publish(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def has_directory(self, name: str, expected: str) -> bool:
         """Whether the folder is there, with this fingerprint. Raises RocketError if a file of it was changed."""
-        manifest_path = self.path / name / "rocket-manifest.json"
-        if not manifest_path.exists():
+        directory = self._inside(name)
+        path = directory / MANIFEST
+        if not path.exists():
             return False
-        try:
-            manifest = json.loads(manifest_path.read_bytes())
-            found, files = manifest["fingerprint"], dict(manifest["files"])
-        except (ValueError, KeyError, TypeError):
-            raise RocketError(f"{manifest_path} is truncated or was edited; delete {manifest_path.parent}") from None
-        if found != expected:
+        manifest = _load_json(path)
+        files = manifest.get("files")
+        if not isinstance(files, dict):
+            raise RocketError(f"{path} is truncated or was edited; delete {directory}")
+        if manifest.get("fingerprint") != expected:
             return False
-        for file, checksum in files.items():
-            path = self.path / name / file
-            if not path.exists() or file_checksum(path) != checksum:
-                raise RocketError(f"{path} is missing, truncated or was edited; delete {manifest_path.parent}")
+        there = {str(file.relative_to(directory)): file for file in _files(directory) if file != path}
+        for file in sorted(there.keys() | files.keys()):
+            if file not in files:
+                raise RocketError(f"{there[file]} was added; delete {directory}")
+            if file not in there or file_checksum(there[file]) != files[file]:
+                raise RocketError(f"{directory / file} is missing, truncated or was edited; delete {directory}")
         return True
 
     def log(self, event: str, **fields: object) -> None:
         """Append a line to log.jsonl."""
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
-        with (self.path / "log.jsonl").open("a") as file:
+        path = self.path / "log.jsonl"
+        with _writing(path), path.open("a") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
-    def _write(self, name: str, data: bytes) -> Path:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _inside(self, name: str) -> Path:
+        """The path of an artifact. Raises RocketError for a name that leads out of the directory."""
+        parts = PurePosixPath(name).parts
+        if not parts or "\0" in name or name.startswith("/") or ".." in parts:
+            raise RocketError(
+                f"{name[:200]!r} is no name of an artifact; {self.path} was edited: delete it and run again"
+            )
+        return self.path / name
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Let ``write`` write a file under another name, and give it this one when it is on the disk."""
+        path = self._inside(name)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(data)
-        _publish(temporary, path)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            _publish(temporary, path)
         return path
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; an empty one if it holds none. Raises RocketError for what cannot be read."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise RocketError(f"{path} is larger than any that rocket writes; delete it and run again")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RocketError(f"{path} cannot be read: {_reason(error)}") from None
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the disk become a sentence with the file, the disk and the room left on it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not from the system: from a library that reads
+            raise
+        raise RocketError(
+            f"{path} cannot be written: {_reason(error)}{_disk_of(path)}; what was finished before is kept"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+
+
+def _disk_of(path: Path) -> str:
+    """`` (disk mounted at /data, 12 MB free)``; nothing where that cannot be told."""
+    folder = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
+    mount = next((parent for parent in (folder, *folder.parents) if os.path.ismount(parent)), folder)
+    try:
+        free = shutil.disk_usage(mount).free
+    except OSError:
+        return ""
+    return f" (disk mounted at {mount}, {free / 1e6:,.0f} MB free)"
 
 
 def _files(directory: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
+from rocket.config.records import read_record
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
 from rocket.memory import Memory, estimate_memory
@@ -186,7 +187,7 @@ class Session:
     def usages(self) -> dict[str, Usage]:
         """What each stage took when it last ran."""
         content = self.run.read_json("usage.json", fingerprint()) or {}
-        return {name: Usage(**values) for name, values in content.items()}
+        return read_record(dict[str, Usage], content, self.run.path / "usage.json")
 
     def skip(self, name: str) -> None:
         """Say that a stage need not run; once, and not of one that this session ran itself."""

@@ -177,11 +177,11 @@ def test_killed_while_building(write_config, monkeypatch):
     built = []
     build = pipeline.build_tensors
 
-    def counting(linear, problem, option, plan):
-        built.append(problem)
+    def counting(*arguments):
+        built.append(arguments)
         if len(built) == 4:
             raise KeyboardInterrupt
-        return build(linear, problem, option, plan)
+        return build(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "build_tensors", counting)

@@ -116,6 +116,7 @@ def test_directories_appear_whole(run):
         assert not run.has_directory("models/a", OTHER)
         assert (run.path / "models/a/sub/weights").read_text() == text
     assert [entry.name for entry in (run.path / "models").iterdir()] == ["a"]
+    assert run.read_json("run.json", None) == IDENTITY
 
 
 @pytest.mark.parametrize("kind", ["edited", "missing", "manifest"])
@@ -192,6 +193,148 @@ def test_not_writable(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RocketError, match=r"output_dir .*file.* cannot be written: (File exists|Not a directory)"):
             RunDirectory(path, IDENTITY)
+
+
+def test_artifacts_keep_their_names(run):
+    """One that was copied over another is found out, though its own checksum was right."""
+    for name in ("a", "b"):
+        run.write_json(f"{name}.json", MADE, {"of": "layer"})
+        run.write_tensors(f"{name}.safetensors", MADE, {"t": torch.ones(2)})
+    for suffix, read in (("json", run.read_json), ("safetensors", run.read_tensors)):
+        (run.path / f"b.{suffix}").write_bytes((run.path / f"a.{suffix}").read_bytes())
+        with pytest.raises(RocketError, match=rf"b\.{suffix} is truncated or was edited"):
+            read(f"b.{suffix}", MADE)
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/etc/x.json", "a/../../x.json", "", "a\0b"])
+def test_names_that_lead_outside(run, name):
+    for use in (
+        lambda: run.read_json(name, MADE),
+        lambda: run.read_tensors(name, MADE),
+        lambda: run.write_text(name, "text"),
+        lambda: run.has_directory(name, MADE),
+        lambda: run.has_file(name),
+    ):
+        with pytest.raises(RocketError, match="is no name of an artifact"):
+            use()
+    assert not (run.path.parent / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["plans/.x.json.tmp", "log.jsonl", "plans", "run.json"])
+def test_links_are_not_followed(tmp_path, name):
+    """A run directory from elsewhere must not make rocket write where one of its links points."""
+    RunDirectory(tmp_path / "run", IDENTITY).close()
+    (tmp_path / "precious").write_text("mine")
+    link = tmp_path / "run" / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "precious")
+    with pytest.raises(RocketError, match=r"is a link or no plain file; rocket follows none"):
+        RunDirectory(tmp_path / "run", IDENTITY)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_lock_that_is_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RocketError, match="cannot be written: Too many levels of symbolic links"):
+        RunDirectory(tmp_path / "run", IDENTITY)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".lock", "run.json", "plans/x.json"])
+def test_pipes_do_not_stop_it(tmp_path, name):
+    RunDirectory(tmp_path, IDENTITY).close()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RocketError, match="is a link or no plain file"):
+        RunDirectory(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 10_000, '{"content": {"a": ' + "[" * 900 + "]" * 900 + "}}"])
+def test_json_that_python_cannot_hold(run, content):
+    (run.path / "x.json").write_text(content)
+    with pytest.raises(RocketError, match=r"x\.json is truncated or was edited"):
+        run.read_json("x.json", MADE)
+
+
+def test_json_larger_than_any_artifact(run):
+    with (run.path / "x.json").open("w") as file:
+        file.truncate(1 << 26)
+    with pytest.raises(RocketError, match=r"x\.json is larger than any that rocket writes"):
+        run.read_json("x.json", MADE)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], r"rocket-manifest\.json is truncated or was edited"),
+        ({"../../outside": "00"}, r"outside is missing, truncated or was edited"),
+        ({"/dev/zero": "00"}, r"/dev/zero is missing, truncated or was edited"),
+        ({"weights": 3}, r"weights is missing, truncated or was edited"),
+        ({}, r"weights was added"),
+    ],
+)
+def test_hostile_manifests(run, files, message):
+    with run.new_directory("models/a", MADE) as directory:
+        (directory / "weights").write_text("whole")
+    manifest = run.path / "models/a/rocket-manifest.json"
+    manifest.write_text(json.dumps({"fingerprint": MADE, "files": files}))
+    with pytest.raises(RocketError, match=message):
+        run.has_directory("models/a", MADE)
+
+
+def fill(run: RunDirectory) -> None:
+    run.write_tensors("calibration/x.safetensors", MADE, {"t": torch.ones(1 << 20)})
+
+
+def fill_directory(run: RunDirectory) -> None:
+    with run.new_directory("models/a", MADE) as directory:
+        (directory / "weights").write_bytes(b"x" * (4 << 20))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte, for those who may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("work", "file"), [(fill, r"calibration/x\.safetensors"), (fill_directory, "models/a")], ids=["file", "directory"]
+)
+def test_full_disk(small_disk, work, file):
+    with RunDirectory(small_disk / "run", IDENTITY) as run:
+        run.write_json("x.json", MADE, {"a": 1})
+        disk = rf"\(disk mounted at {small_disk}, \d MB free\)"
+        with pytest.raises(RocketError, match=rf"run/{file} cannot be written: .*No space left on device.* {disk}"):
+            work(run)
+        assert run.read_json("x.json", MADE) == {"a": 1}
+        assert not run.has_directory("models/a", MADE)
+        run.write_json("y.json", MADE, {"a": 2})  # what did not fit takes no room
+
+
+def test_disk_that_is_read_only(small_disk):
+    RunDirectory(small_disk / "run", IDENTITY).close()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(RocketError, match=r"output_dir .* cannot be written: Read-only file system"):
+        RunDirectory(small_disk / "run", IDENTITY)
+
+
+@pytest.mark.parametrize("work", [fill, fill_directory, lambda run: run.write_json("a.json", MADE, {})])
+def test_the_systems_errors_name_file_and_disk(run, work, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RocketError, match=r"cannot be written: No space left on device \(disk mounted at /.*MB free\)"):
+        work(run)
 
 
 def test_nothing_that_executes_is_opened(run):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from rocket.config.errors import RocketError
@@ -18,7 +19,7 @@ class Budget:
     """One limit: the removed share of the target layers, parameters of the whole model, or bytes of the checkpoint."""
 
     kind: Literal["removed_ratio", "kept_parameters", "bytes"]
-    value: float
+    value: Annotated[float, Field(ge=0.0, lt=2**63)]
 
     def __post_init__(self) -> None:
         if self.kind == "removed_ratio" and not 0.0 < self.value < 1.0:
@@ -72,10 +73,10 @@ def _short(value: float, units: str) -> str:
 class ModelSize:
     """What the model stores: the target layers' weights, everything else, and bytes a value of a target layer takes."""
 
-    target_parameters: int
-    other_parameters: int
-    other_bytes: int
-    itemsize: int
+    target_parameters: Annotated[int, Field(ge=1, le=2**60)]
+    other_parameters: Annotated[int, Field(ge=0, le=2**60)]
+    other_bytes: Annotated[int, Field(ge=0, le=2**60)]
+    itemsize: Annotated[int, Field(ge=1, le=16)]
 
     @property
     def parameters(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from rocket.allocation.cap import cap_errors
 from rocket.allocation.prediction import MeasuredPoint, Prediction
 from rocket.calib import Calibration
 from rocket.config.errors import RocketError
+from rocket.config.records import read_record
 from rocket.config.schema import AllocationConfig, ProfilingConfig
 from rocket.forms import Option
 from rocket.forms.base import keep_share
@@ -100,19 +101,34 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], calibration: Calibration | None = None) -> Plan:
-        choices, groups = {}, {}
-        for layer, fields in values["choices"].items():
-            fields = dict(fields)
-            groups[layer] = fields.pop("input_group")
-            choices[layer] = Option(**fields)
+        """Read a plan back from what `to_dict` gave. Raises RocketError if it is malformed."""
+        stored = read_record(_StoredPlan, values, "the plan")
         return cls(
-            Budget(**values["budget"]),
-            choices,
-            groups,
-            ModelSize(**values["size"]),
-            ProfilingConfig(**values["profiling"]),
+            stored.budget,
+            {layer: choice.option() for layer, choice in stored.choices.items()},
+            {layer: choice.input_group for layer, choice in stored.choices.items()},
+            stored.size,
+            stored.profiling,
             calibration,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredChoice(Option):
+    input_group: str
+
+    def option(self) -> Option:
+        return Option(**{name.name: getattr(self, name.name) for name in fields(Option)})
+
+
+@dataclass(frozen=True)
+class _StoredPlan:
+    """The parts of a plan's file that are not derived from others."""
+
+    budget: Budget
+    size: ModelSize
+    profiling: ProfilingConfig
+    choices: dict[str, _StoredChoice]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,17 @@ from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.models import Batch, Call, LinearLayer, block_of, features_of, find_blocks, run_forward, sweep
+from rocket.models import (
+    Batch,
+    Call,
+    LinearLayer,
+    block_of,
+    features_of,
+    find_blocks,
+    remedy_of_nan,
+    run_forward,
+    sweep,
+)
 from rocket.ranks import ranks
 from rocket.run import track
 
@@ -57,16 +67,20 @@ class Calibration:
     def problem(self, layer: str, weight: Tensor, settings: ProfilingConfig) -> LayerProblem:
         """The layer's weight [out, in] with what calibration knows of it, on the weight's device.
 
-        Of the settings, ``cost`` and ``correlation_shrinkage`` count.
+        Of the settings, ``cost`` and ``correlation_shrinkage`` count. Raises RocketError naming the layer where they do
+        not fit together or are not finite.
         """
         sensitivity = self.sensitivities.get(layer)
-        return LayerProblem(
-            weight.detach().float(),
-            self.gram(layer).to(weight.device),
-            None if sensitivity is None else sensitivity.to(weight.device),
-            settings.cost,
-            settings.correlation_shrinkage,
-        )
+        try:
+            return LayerProblem(
+                weight.detach().float(),
+                self.gram(layer).to(weight.device),
+                None if sensitivity is None else sensitivity.to(weight.device),
+                settings.cost,
+                settings.correlation_shrinkage,
+            )
+        except ValueError as error:
+            raise RocketError(f"{layer}: {error}") from None
 
 
 def collect_grams(
@@ -247,7 +261,7 @@ class _Collector:
             batch = ranks.rank + ranks.count * self._batch
             raise RocketError(
                 f"{name}: calibration batch {batch} produced non-finite activations in {bad} of "
-                f"{tokens.shape[1]} input features; use model.dtype=float32 or look for NaN weights"
+                f"{tokens.shape[1]} input features; {remedy_of_nan(self.model)}"
             ) from None
 
     def _select(self, name: str, inputs: Tensor) -> Tensor:

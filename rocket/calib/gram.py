@@ -94,8 +94,10 @@ def pack_triangle(symmetric: Tensor) -> Tensor:
 
 
 def unpack_triangle(triangle: Tensor) -> Tensor:
-    """The symmetric matrix of a vector made by `pack_triangle`."""
-    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    """The symmetric matrix of a vector made by `pack_triangle`. Raises ValueError for anything else."""
+    size = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
+    if triangle.ndim != 1 or not triangle.is_floating_point() or size * (size + 1) // 2 != len(triangle):
+        raise ValueError(f"{triangle.dtype} {list(triangle.shape)} is no triangle of a matrix")
     symmetric = triangle.new_empty(size, size)
     start = 0
     for number, row in enumerate(symmetric):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rocket.calib.experts import expert_lists, fill_up_sums
 from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
-from rocket.models import Batch, Call, LinearLayer, features_of, find_blocks, hold, is_streamed, sweep
+from rocket.models import Batch, Call, LinearLayer, features_of, find_blocks, hold, is_streamed, remedy_of_nan, sweep
 from rocket.ranks import ranks
 from rocket.run import track
 
@@ -79,11 +79,11 @@ def measure_sensitivities(
         sums.update(fill_up_sums(sums, tokens, experts, EXPERT_TOKENS, tokens if seen is None else seen))
     sensitivities = {name: (total / max(total_terms, 1e-30)).float() for name, total in sums.items()}
     reached = {name: values for name, values in sensitivities.items() if values.any()}
-    _check(reached, sums)
+    _check(model, reached, sums)
     return reached
 
 
-def _check(reached: Mapping[str, Tensor], layers: Iterable[str]) -> None:
+def _check(model: nn.Module, reached: Mapping[str, Tensor], layers: Iterable[str]) -> None:
     missing = [name for name in layers if name not in reached]
     if not reached:
         raise RocketError(
@@ -98,7 +98,7 @@ def _check(reached: Mapping[str, Tensor], layers: Iterable[str]) -> None:
         )
     for name, values in reached.items():
         if not torch.isfinite(values).all():
-            raise RocketError(f"{name}: the backward pass gave non-finite gradients; use model.dtype=float32")
+            raise RocketError(f"{name}: the backward pass gave non-finite gradients; {remedy_of_nan(model)}")
 
 
 def _score(model: nn.Module, batch: Batch, seed: int) -> float:

@@ -15,7 +15,7 @@ from rocket.config.errors import RocketError
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
 from rocket.models import ExpertLinears, LinearLayer, features_of, unstack_experts, weight_of
-from rocket.nn import LAYERS, CompressedLinear, LayerSpec, attach_quantizer, replace_module
+from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 from rocket.run import track
 
@@ -52,7 +52,8 @@ def compress(
             tensors = built[name]
         else:
             assert calibration is not None
-            tensors = build_tensors(linear, calibration.problem(name, weight_of(linear), plan.profiling), option, plan)
+            problem = calibration.problem(name, weight_of(linear), plan.profiling)
+            tensors = build_tensors(name, linear, problem, option, plan)
         layer = make_layer(linear, tensors, option, plan.input_groups[name])
         specs[name] = layer.spec
         replace_module(model, name, layer)
@@ -62,17 +63,31 @@ def compress(
 
 def compressed_layers(plan: Plan) -> dict[str, Option]:
     """The layers that do not stay dense. Raises RocketError if all do."""
-    chosen = {name: option for name, option in plan.choices.items() if option.form in LAYERS}
+    chosen = {name: option for name, option in plan.choices.items() if option.form != "dense"}
     if not chosen:
         raise RocketError("the plan leaves every layer dense; there is nothing to compress")
     return chosen
 
 
-def build_tensors(linear: LinearLayer, problem: LayerProblem, option: Option, plan: Plan) -> dict[str, Tensor]:
-    """What the layer that stores ``linear`` as ``option`` says holds, its bias left out, in the type of ``linear``."""
-    state = FORMS[option.form].build(problem, option, plan.profiling)
+def build_tensors(
+    name: str, linear: LinearLayer, problem: LayerProblem, option: Option, plan: Plan
+) -> dict[str, Tensor]:
+    """What the layer that stores ``linear`` as ``option`` says holds, its bias left out, in the type of ``linear``.
+
+    Raises RocketError for an option that the layer cannot take.
+    """
+    try:
+        with torch.device("meta"):
+            layer = empty_layer(option.spec(problem.in_features, problem.out_features, ""), bias=False)
+        if layer.stored_values() != option.parameters:
+            raise ValueError(
+                f"the plan counts {option.parameters} values where its rank and nnz make {layer.stored_values()}"
+            )
+        state = FORMS[option.form].build(problem, option, plan.profiling)
+    except ValueError as error:
+        raise RocketError(f"{name}: {error}") from error
     return {
-        name: tensor.to(linear.weight.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        key: tensor.to(linear.weight.dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()
     }
 
 

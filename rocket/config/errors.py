@@ -9,9 +9,9 @@ class RocketError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message, to quote in one of ours.
+    """The first line of another library's message, to quote in one of ours; the beginning of it if it is long.
 
     >>> first_line(ValueError("no such tensor\\nStack: ..."))
     'no such tensor'
     """
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0][:300]

@@ -13,6 +13,12 @@ from pydantic import BaseModel, ValidationError
 from rocket.config.errors import RocketError
 from rocket.config.schema import Config
 
+MAX_FILE_BYTES = 1_000_000
+MAX_QUOTED = 200
+
+# The constructors of PyYAML raise whatever int(), float() or a dictionary raises on what they are given.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config file (None: all defaults) and apply overrides such as ``calib.num_samples=64``.
@@ -33,16 +39,36 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RocketError if it is missing, no YAML, or no mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise RocketError(f"config file {path} has {size:,} bytes; a config has at most {MAX_FILE_BYTES:,}")
+        values = _parse(path.read_text())
     except OSError as error:
         raise RocketError(f"config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RocketError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    except _NOT_YAML as error:
+        raise RocketError(f"config file {path} is not YAML: {_shortened(' '.join(str(error).split()))}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise RocketError(f"config file {path} holds a {type(values).__name__}; expected keys and values")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them are a value that takes forever to print."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def dump_config(config: Config) -> str:
@@ -52,11 +78,12 @@ def dump_config(config: Config) -> str:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    override = _shortened(" ".join(override.split()))
     if not separator or not key:
         raise RocketError(f"--set {override}: write key=value, for example --set calib.num_samples=64")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _parse(text)
+    except _NOT_YAML:
         value = text
     *parents, leaf = key.strip().split(".")
     section = values
@@ -70,19 +97,26 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: dict[str, Any]) -> str:
-    location = tuple(str(part) for part in item["loc"])
+    location = tuple(_shortened(str(part)) for part in item["loc"])
     key = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}: {hint}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _shortened(item["msg"].removeprefix("Value error, "))
     return (
-        f"{key}={item['input']!r}: {message}"
+        f"{key}={_shortened(_quoted(item['input']))}: {message}"
         if location and not isinstance(item["input"], dict)
         else f"{key}: {message}"
     )
+
+
+def _quoted(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
 
 
 def _known_keys(path: tuple[str, ...]) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Length = Annotated[int, Field(ge=8, le=2**31)]
 DType = Literal["float32", "bfloat16", "float16"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -42,12 +44,23 @@ def unique_ascending(values: list[float]) -> list[float]:
     return sorted(set(values))
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
-BigCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, lt=2**63)]
+BigCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1, lt=2**63)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: object) -> object:
+        """No path, name or pattern has control characters or lone surrogates, which no file system and no log takes."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path) and any(
+                unicodedata.category(letter) in ("Cc", "Cs") for letter in str(text)
+            ):
+                raise ValueError("holds a control character")
+        return value
 
 
 class ModelConfig(Section):
@@ -96,10 +109,12 @@ class CalibConfig(Section):
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     num_samples: Count = Field(128, description="Sequences of tokens, images or clips.")
-    seq_len: Annotated[int, Field(ge=8)] = Field(512, description="Tokens a sequence.")
+    seq_len: Length = Field(512, description="Tokens a sequence.")
     batch_size: Count = Field(8, description="Samples a forward pass.")
-    seed: int = Field(2023, description="Which windows or samples of the source are drawn.")
-    sensitivity_samples: Annotated[int, Field(ge=0)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        2023, description="Which windows or samples of the source are drawn."
+    )
+    sensitivity_samples: Annotated[int, Field(ge=0, le=2**31)] = Field(
         16, description="Samples, of the above, for the backward pass that measures sensitivities. 0: none is run."
     )
 
@@ -123,12 +138,16 @@ class ProfilingConfig(Section):
         description="weight: relative weight error (the paper). activation: relative output error. loss: predicted "
         "increase of the loss in nats a token; needs calib.sensitivity_samples > 0.",
     )
-    removed_ratios: Annotated[list[Ratio], Field(min_length=1), AfterValidator(unique_ascending)] = Field(
-        default_factory=lambda: [round(0.05 * i, 2) for i in range(1, 15)],
-        description="Removed shares of a layer's parameters that are profiled.",
+    removed_ratios: Annotated[list[Ratio], Field(min_length=1, max_length=1000), AfterValidator(unique_ascending)] = (
+        Field(
+            default_factory=lambda: [round(0.05 * i, 2) for i in range(1, 15)],
+            description="Removed shares of a layer's parameters that are profiled.",
+        )
     )
     rank_support_ratios: Annotated[
-        list[Annotated[float, Field(ge=1.0)]], Field(min_length=1), AfterValidator(unique_ascending)
+        list[Annotated[float, Field(ge=1.0, le=1e6)]],
+        Field(min_length=1, max_length=1000),
+        AfterValidator(unique_ascending),
     ] = Field(
         default_factory=lambda: [1.5, 2.0, 3.0],
         description="Ratios rank/support that are searched for dictionaries.",
@@ -141,7 +160,7 @@ class ProfilingConfig(Section):
         description="Coefficients of a dictionary are kept by a threshold for each column (the paper: every output has "
         "as many) or for the whole matrix.",
     )
-    refits: Annotated[int, Field(ge=0)] = Field(
+    refits: Annotated[int, Field(ge=0, le=1000)] = Field(
         3, description="Rounds of finding coefficients and dictionary anew from each other. 0: the paper's one shot."
     )
     correlation_shrinkage: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
@@ -211,13 +230,13 @@ class EvaluationConfig(Section):
         "agreement of features with the original's.",
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
-    seq_len: Annotated[int, Field(ge=8)] = Field(1024, description="Tokens a window.")
+    seq_len: Length = Field(1024, description="Tokens a window.")
     max_tokens: Count | None = Field(65536, description="Tokens of each text, in windows spread over it; null: all.")
     tasks: list[str] = Field(
         default_factory=list,
         description="Zero-shot tasks, by their name in lm-evaluation-harness. Packaged ones need no network.",
     )
-    limit: Annotated[int, Field(ge=2)] | None = Field(100, description="Items a task; null: all.")
+    limit: Annotated[int, Field(ge=2, le=2**31)] | None = Field(100, description="Items a task; null: all.")
     batch_size: Count = Field(4, description="Windows, or task requests, a forward pass.")
 
 

@@ -52,9 +52,12 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 
 
 def gram_factor(coefficients: Tensor) -> Tensor:
-    """Cholesky factor L [k, k] of C Cᵀ + εI, with the smallest ε (relative to the mean diagonal) that succeeds."""
+    """Cholesky factor L [k, k] of C Cᵀ + εI, with the smallest ε (relative to the mean diagonal) that succeeds.
+
+    ε is absolute for C = 0, what is left of a layer of zeros.
+    """
     product = coefficients @ coefficients.T
-    scale = float(product.diagonal().mean())
+    scale = float(product.diagonal().mean()) or 1.0
     for ridge in RIDGES:
         damped = product.clone()
         damped.diagonal().add_(ridge * scale)

@@ -50,6 +50,9 @@ class LayerProblem:
             raise ValueError("the cost 'loss' needs the layer's sensitivity")
         if self.sensitivity is not None and self.sensitivity.shape != (out_features,):
             raise ValueError(f"sensitivity must be [{out_features}], got {tuple(self.sensitivity.shape)}")
+        for name, tensor in (("weight", self.weight), ("Gram matrix", self.gram), ("sensitivity", self.sensitivity)):
+            if tensor is not None and not torch.isfinite(tensor.sum()) and not (finite := torch.isfinite(tensor)).all():
+                raise ValueError(f"the {name} has {int((~finite).sum())} values that are not finite")
 
     @property
     def in_features(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rocket.config.records import Cost, Whole
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
 from rocket.kernels import bitmap
@@ -25,11 +26,11 @@ class Option:
     """
 
     form: str
-    parameters: int
-    mask_bits: int
-    cost: float
-    rank: int = 0
-    nnz: int = 0
+    parameters: Whole
+    mask_bits: Whole
+    cost: Cost
+    rank: Whole = 0
+    nnz: Whole = 0
 
     def bytes(self, itemsize: int) -> int:
         """Bytes of the stored tensors when values take ``itemsize`` bytes each."""

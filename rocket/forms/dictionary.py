@@ -59,7 +59,11 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
 
 
 def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
-    support = option.nnz // problem.out_features
+    support, rest = divmod(option.nnz, problem.out_features)
+    if rest or not 0 < support <= option.rank:
+        raise ValueError(
+            f"nnz={option.nnz} is not the same number of coefficients, 1 to {option.rank}, for every output"
+        )
     dictionary, coefficients, mask = factorize(
         problem.tempered,
         option.rank,

@@ -28,16 +28,22 @@ from rocket.models.linear import LinearLayer, features_of, is_linear, make_linea
 from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
 from rocket.models.mode import evaluation_mode
 from rocket.models.residence import hold, is_streamed, release_pages, releasing, stream
-from rocket.models.structure import block_of, find_blocks, target_layers
+from rocket.models.stored import Endings, StoredTensor, check_counts, check_places, check_size, read_headers
+from rocket.models.structure import block_of, find_blocks, remedy_of_nan, target_layers
 from rocket.models.sweep import Call, sweep
 
 __all__ = [
     "Batch",
     "Call",
+    "Endings",
     "ExpertLinears",
     "LinearLayer",
+    "StoredTensor",
     "auto_class",
     "block_of",
+    "check_counts",
+    "check_places",
+    "check_size",
     "evaluation_mode",
     "expert_layouts",
     "features_of",
@@ -57,9 +63,11 @@ __all__ = [
     "open_checkpoint",
     "open_model",
     "open_processor",
+    "read_headers",
     "refuse_quantized",
     "release_pages",
     "releasing",
+    "remedy_of_nan",
     "resolve_device",
     "restack_experts",
     "run_forward",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
 from rocket.models.auto import open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
 from rocket.models.residence import stream, unmapped
+from rocket.models.stored import check_config_file, check_places
+from rocket.models.structure import find_blocks
 
 SAMPLED_BYTES = 1 << 20
 
@@ -86,19 +89,39 @@ def _open(
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **_gguf_dequantize())
             _forget_gguf(model)
         else:
+            check_config_file(cached_file(source, "config.json", revision=options.get("revision")))
             config = AutoConfig.from_pretrained(source, **options)
             if not compressed:
                 refuse_quantized(name, config)
-            model = open_model(source, config, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            model = _open_whole(source, config, dtype=dtype, use_safetensors=True, **options)
+    except RocketError:
+        raise
+    except Exception as error:  # whatever strangers write into a config, transformers raises about it
         raise RocketError(f"model.path={name!r} is no model that can be opened: {first_line(error)}") from error
     try:
         return model, open_processor(source, model, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise RocketError(
             f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
             f"{first_line(error)}"
         ) from error
+
+
+def _open_whole(source: str, config: Any, **options: Any) -> PreTrainedModel:
+    """The model of a checkpoint. Raises RocketError if it lacks tensors of blocks, which transformers would make up."""
+    index = Path(source, "model.safetensors.index.json")
+    if index.is_file():
+        shards = json.loads(index.read_bytes())["weight_map"].values()
+        check_places(source, {index.parent / str(shard) for shard in shards})
+    model, found = open_model(source, config, output_loading_info=True, **options)
+    blocks = tuple(f"{name}." for name in find_blocks(model))
+    lacking = sorted(name for name in found["missing_keys"] if name.startswith(blocks))
+    if lacking:
+        raise RocketError(
+            f"the checkpoint {source} lacks {lacking[0]} and {len(lacking) - 1} other tensors that config.json asks for"
+        )
+    opened: PreTrainedModel = model
+    return opened
 
 
 def resolve_device(device: str) -> torch.device:
@@ -147,7 +170,7 @@ def identify_model(config: ModelConfig) -> str:
             remote = AutoConfig.from_pretrained(
                 location.source, revision=config.revision, trust_remote_code=config.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise RocketError(f"model.path={config.path!r} is no model: {first_line(error)}") from error
         digest.update(f"{location.source}@{getattr(remote, '_commit_hash', None) or config.revision}".encode())
         return digest.hexdigest()

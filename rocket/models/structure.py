@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from rocket.config.errors import RocketError
@@ -122,6 +123,14 @@ def _matches(name: str, pattern: str, key: str) -> bool:
 
 def _without_number(name: str) -> str:
     return re.sub(r"\.\d+$", "", name)
+
+
+def remedy_of_nan(model: nn.Module) -> str:
+    """What to do about activations or gradients that are not finite: told by whether a weight of the model is not."""
+    for name, values in model.named_parameters():
+        if not values.is_meta and not torch.isfinite(values).all():
+            return f"{name} holds NaN or infinity: the checkpoint is damaged, get it again"
+    return "use model.dtype=float32"
 
 
 def block_of(name: str, blocks: Sequence[str]) -> str:

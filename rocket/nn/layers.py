@@ -37,7 +37,7 @@ class LayerSpec:
         """Read an entry of config.json. Raises ValueError if a field is missing, unknown or of the wrong type."""
         expected = {field.name: str if field.name in ("form", "input_group") else int for field in fields(cls)}
         if set(values) != set(expected) or any(type(values[key]) is not kind for key, kind in expected.items()):
-            raise ValueError(f"expected {', '.join(expected)}, got {dict(values)!r}")
+            raise ValueError(f"expected {', '.join(expected)}, got {dict(values)!r:.200}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,7 +231,7 @@ LAYERS: dict[str, type[CompressedLinear]] = {
 def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
     """A layer of the form that ``spec`` names, its tensors zero. Raises ValueError if the spec cannot be."""
     if spec.form not in LAYERS:
-        raise ValueError(f"unknown layer form {spec.form!r}; this version knows {', '.join(LAYERS)}")
+        raise ValueError(f"unknown layer form {spec.form!r:.80}; this version knows {', '.join(LAYERS)}")
     return LAYERS[spec.form](spec, bias)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -20,7 +20,11 @@ from rocket.nn.optimize import attach_optimize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rocket.models import StoredTensor
+
 FORMAT_VERSION = 1
+MAX_NAME = 512
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 @register_quantization_config("rocket")
@@ -36,15 +40,19 @@ class RocketConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if not isinstance(modules, Mapping) or not all(isinstance(spec, Mapping) for spec in modules.values()):
             raise RocketError("quantization_config.modules must map layer names to their specs")
-        if not isinstance(experts or {}, Mapping):
+        experts = {} if experts is None else experts
+        if not isinstance(experts, Mapping) or not all(isinstance(layout, str) for layout in experts.values()):
             raise RocketError("quantization_config.experts must map parameter names to their layouts")
         if unknown:
-            raise RocketError(f"quantization_config has unknown fields: {', '.join(sorted(unknown))}")
-        if version != FORMAT_VERSION:
-            raise RocketError(f"checkpoint has format version {version!r}; this rocket reads {FORMAT_VERSION}")
+            raise RocketError(f"quantization_config has unknown fields: {', '.join(sorted(unknown))[:200]}")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise RocketError(f"checkpoint has format version {version!r:.200}; this rocket reads {FORMAT_VERSION}")
+        for name in (*modules, *experts):
+            if not isinstance(name, str) or len(name) > MAX_NAME or not _NAME.fullmatch(name):
+                raise RocketError(f"config.json: {name!r:.200} is no name of a layer")
         self.version = version
         self.modules = {name: dict(spec) for name, spec in modules.items()}
-        self.experts = dict(experts or {})
+        self.experts = dict(experts)
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()
@@ -77,15 +85,30 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
-        layers: dict[str, nn.Module] = _unstack(model, self.quantization_config.experts)
+        from rocket.models import check_places, read_headers  # here, as it imports the model classes
+
+        stored = None
+        if checkpoint_files:
+            config: Any = model.config
+            check_places(config.name_or_path, checkpoint_files)
+            stored = read_headers(checkpoint_files)
+        layers: dict[str, nn.Module] = _unstack(model, self.quantization_config.experts, stored)
         specs = self.quantization_config.specs()
         for name, module_name in match_modules(specs, [name for name, _ in model.named_modules()]).items():
             layer = _empty_replacement(name, model.get_submodule(module_name), specs[name])
             replace_module(model, module_name, layer)
             layers.pop(module_name, None)
             layers[name] = layer
-        _check_tensors(layers, checkpoint_files)
+        if stored is not None:
+            _check_tensors(model, layers, stored)
         return model
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called by transformers 5 before it makes the model: one of a billion layers would take forever."""
+        from rocket.models import check_counts  # here, as it imports the model classes
+
+        check_counts(config.to_dict())
+        return config
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for name, module in model.named_modules():
@@ -134,19 +157,21 @@ def match_modules(specs: Iterable[str], module_names: Iterable[str]) -> dict[str
     """For each layer name of the config, the module of this model that it means.
 
     ``AutoModel`` drops the prefix under which ``AutoModelForCausalLM`` holds the same layer, so names are matched by
-    their longest common ending of whole components. Raises RocketError for a layer that this model does not have.
+    their longest common ending of whole components. Raises RocketError for a layer that this model does not have, and
+    for two that are the same in it.
     """
-    present = set(module_names)
-    found = {}
+    from rocket.models import Endings  # here, as it imports the model classes
+
+    present = Endings(module_names)
+    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for name in specs:
-        parts = name.split(".")
-        endings = (".".join(parts[start:]) for start in range(len(parts) - 1))
-        match = next((ending for ending in endings if ending in present), None)
-        if match is None:
-            match = next((candidate for candidate in present if candidate.endswith(f".{name}")), None)
+        match = present.find(name)
         if match is None:
             raise RocketError(f"config.json: {name} is compressed, but this model has no such layer")
-        found[name] = match
+        if match in owners:
+            raise RocketError(f"config.json: {owners[match]} and {name} are both {match} in this model")
+        found[name], owners[match] = match, name
     return found
 
 
@@ -180,12 +205,17 @@ def _keep_names(model: nn.Module) -> None:
     loosely_typed._checkpoint_conversion_mapping = {}  # the same in transformers 4
 
 
-def _unstack(model: nn.Module, experts: Mapping[str, str]) -> dict[str, nn.Module]:
+def _unstack(
+    model: nn.Module, experts: Mapping[str, str], stored: Mapping[str, StoredTensor] | None
+) -> dict[str, nn.Module]:
     """Make experts layers of their own as config.json says; these, by name."""
     from rocket.models import unstack_as  # here, as it imports the model classes
 
-    parameters = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-    layouts = {name: experts[stored] for stored, name in match_modules(experts, parameters).items()}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    layouts = {name: experts[stack] for stack, name in match_modules(experts, parameters).items()}
+    for name in layouts:
+        if stored is not None and len(parameters[name]) > len(stored):
+            raise RocketError(f"config.json: {name} has {len(parameters[name])} experts, the checkpoint fewer tensors")
     unstack_as(model, layouts)
     stacks = {name: model.get_submodule(name) for name in layouts}
     return {f"{name}.{number}": layer for name, stack in stacks.items() for number, layer in stack.named_children()}
@@ -211,25 +241,47 @@ def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> Compres
     return layer.to(next(linear.parameters()).dtype)
 
 
-def _check_tensors(layers: Mapping[str, nn.Module], checkpoint_files: list[str] | None) -> None:
-    """transformers fills tensors that a checkpoint lacks with random numbers and a warning; here it is an error."""
-    files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
-    if not files:
-        return
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            shapes.update({key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()})  # noqa: SIM118
-    for name, layer in layers.items():
-        for suffix, expected in layer.state_dict().items():
-            tensor = f"{name}.{suffix}"
-            found = shapes.get(tensor) or next((shapes[key] for key in shapes if key.endswith(f".{tensor}")), None)
-            if found is None:
-                raise RocketError(f"the checkpoint lacks the tensor {tensor}; a file is missing or was replaced")
-            if found != tuple(expected.shape):
-                raise RocketError(
-                    f"{tensor} is {list(found)} in the checkpoint, config.json says {list(expected.shape)}"
-                )
+def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Mapping[str, StoredTensor]) -> None:
+    """Compare what config.json makes of the model, on meta, with what the files hold.
+
+    transformers fills tensors that a checkpoint lacks with random numbers and a warning. Here that is an error; but for
+    another class than was saved, whose head may be new, only in compressed layers and repeated blocks.
+    """
+    from rocket.models import Endings, check_size, find_blocks  # here, as it imports the model classes
+
+    present = Endings(stored)
+    ours = {id(tensor): f"{name}.{key}" for name, layer in layers.items() for key, tensor in _tensors_of(layer)}
+    config: Any = model.config
+    saved_as_this = type(model).__name__ in (config.architectures or ())
+    required = ("",) if saved_as_this else tuple(f"{name}." for name in find_blocks(model))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    persistent = model.state_dict().keys()
+    missing = 0
+    for name, tensor in _tensors_of(model):
+        own_name = ours.get(id(tensor), name)
+        is_required = name in persistent and (id(tensor) in ours or name.startswith(required))
+        stored_name = present.find(own_name) if name in persistent else None
+        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, is_required):
+            continue
+        if is_required and name not in tied:
+            raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
+        missing += 0 if name in tied else tensor.numel()
+    check_size(missing)
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _fits(name: str, stored: StoredTensor, tensor: torch.Tensor, must_fit: bool) -> bool:
+    """Whether a stored tensor has the shape that the model asks for; an error where it must, or is of another type."""
+    if stored.shape != tuple(tensor.shape) and must_fit:
+        raise RocketError(f"{name} is {list(stored.shape)} in the checkpoint, config.json says {list(tensor.shape)}")
+    if tensor.dtype == torch.uint8 and stored.dtype != "U8":
+        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be U8")
+    if tensor.is_floating_point() and not stored.is_floating_point:
+        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be floating-point")
+    return stored.shape == tuple(tensor.shape)
 
 
 def _check_mask(name: str, layer: CompressedLinear) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rocket.calib import Calibration
+from rocket.config.errors import RocketError
+from rocket.config.records import Whole, read_record
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import Cost, LayerProblem
 from rocket.forms import Form, Option
@@ -26,8 +28,8 @@ class LayerProfile:
 
     layer: str
     input_group: str
-    in_features: int
-    out_features: int
+    in_features: Whole
+    out_features: Whole
     cost: Cost
     damping: float
     options: tuple[Option, ...]
@@ -40,8 +42,16 @@ class LayerProfile:
         return {**vars(self), "options": [option.to_dict() for option in self.options]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerProfile:
-        return cls(**{**values, "options": tuple(Option(**option) for option in values["options"])})
+    def from_dict(cls, values: Mapping[str, Any], layer: str) -> LayerProfile:
+        """Read a profile back. Raises RocketError if it is malformed, or not of ``layer``."""
+        profile = read_record(cls, values, f"the profile of {layer}")
+        if profile.layer != layer:
+            raise RocketError(
+                f"the profile of {layer} is that of {profile.layer[:200]!r}; delete profiles/ and run again"
+            )
+        if not profile.options:
+            raise RocketError(f"the profile of {layer} has no options; delete profiles/ and run again")
+        return profile
 
 
 def profile_layer(

@@ -74,7 +74,8 @@ def run(
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    # What a stranger's file is quoted with must not steer the terminal.
+    print("error: " + "".join(letter if letter.isprintable() else "?" for letter in message), file=sys.stderr)
     raise typer.Exit(code)
 
 

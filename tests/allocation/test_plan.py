@@ -1,5 +1,6 @@
 """From profiles to a plan, for three budgets and two allocators, on a tiny model and on options set by hand."""
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -147,6 +148,61 @@ def test_round_trip(planned):
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())), plan.calibration)
     assert again == plan
     assert again.calibration is plan.calibration
+
+
+STORED = {
+    "budget": {"kind": "removed_ratio", "value": 0.3},
+    "size": {"target_parameters": 100, "other_parameters": 1, "other_bytes": 4, "itemsize": 2},
+    "profiling": {},
+    "choices": {
+        "a": {"form": "sparse", "parameters": 3, "mask_bits": 64, "cost": 1.0, "rank": 0, "nnz": 3, "input_group": "a"}
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("budget", "value"), 7.0, "removed_ratio=7.0 must lie between 0 and 1"),
+        (("budget", "kind"), "size", "the plan: budget.kind: Input should be 'removed_ratio'"),
+        (("size", "itemsize"), True, "the plan: size.itemsize: Input should be a valid integer"),
+        (("size", "target_parameters"), 0, "the plan: size.target_parameters: Input should be greater than"),
+        (("size",), None, "the plan: size: Input should be an object"),
+        (("profiling", "forms"), "all", "the plan: profiling.forms: Input should be a valid array"),
+        (("choices",), [], "the plan: choices: Input should be an object"),
+        (("choices", "a", "nnz"), 3.0, "the plan: choices.a.nnz: Input should be a valid integer"),
+        (("choices", "a", "nnz"), 2**64, "the plan: choices.a.nnz: Input should be less than or equal to"),
+        (("choices", "a", "rank"), -1, "the plan: choices.a.rank: Input should be greater than or equal to 0"),
+        (("choices", "a", "cost"), float("nan"), "the plan: choices.a.cost: Input should be a finite number"),
+        (("choices", "a", "form"), {"a": 1}, "the plan: choices.a.form: Input should be a valid string"),
+        (("choices", "a", "input_group"), None, "the plan: choices.a.input_group: Input should be a valid string"),
+    ],
+)
+def test_malformed_plans(path, value, message):
+    values = copy.deepcopy(STORED)
+    assert Plan.from_dict(values).choices == {"a": Option("sparse", 3, 64, 1.0, 0, 3)}
+    *parents, last = path
+    section = values
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    with pytest.raises(RocketError) as error:
+        Plan.from_dict(values)
+    assert message in str(error.value)
+
+
+def test_sizes_beyond_32_bits():
+    """Two layers of 2^33 values: sums of their sizes and the budget are 64-bit integers."""
+    values = 2**33
+    options = (Option("dense", values, 0, 0.0), Option("sparse", values // 2 + 1, values, 1.0))
+    profiles = [LayerProfile(name, name, 2**17, 2**16, "loss", 0.0, options) for name in "ab"]
+    planner = Planner(profiles, ModelSize(2 * values, 0, 0, itemsize=2), ProfilingConfig())
+    plan = planner.at(removed_ratio=0.2)
+    assert sorted(option.form for option in plan.choices.values()) == ["dense", "sparse"]
+    assert plan.kept_target_parameters == values + values // 2 + 1
+    assert plan.bytes == 2 * plan.kept_target_parameters + values // 8
+    assert planner.at(bytes=plan.bytes).choices == plan.choices
+    assert planner.at(bytes=plan.bytes - 1).cost == 2.0
 
 
 def test_curve_stops_where_options_end(planned):

@@ -94,6 +94,13 @@ def renamed(plan: Plan, name: str) -> Plan:
     return replace(plan, choices={name: option}, input_groups={name: name})
 
 
+def changed(plan: Plan, **fields: int) -> Plan:
+    """A plan of one dictionary layer, 32 x 32, that says something else of it."""
+    name = next(name for name, option in plan.choices.items() if option.form == "dictionary")
+    option = replace(plan.choices[name], rank=1, nnz=32, parameters=64)
+    return replace(plan, choices={name: replace(option, **fields)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -103,6 +110,12 @@ def renamed(plan: Plan, name: str) -> Plan:
             lambda plan: renamed(plan, "model.layers.9.mlp"),
             r"names model\.layers\.9\.mlp, which this model does not have",
         ),
+        (lambda plan: changed(plan, form="magic"), r"unknown layer form 'magic'"),
+        (lambda plan: changed(plan, rank=33), r"model\.layers\.0\..*: rank=33 is impossible"),
+        (lambda plan: changed(plan, rank=0), r"model\.layers\.0\..*: rank=0 is impossible"),
+        (lambda plan: changed(plan, nnz=10**9), r"model\.layers\.0\..*: nnz=1000000000 is impossible"),
+        (lambda plan: changed(plan, parameters=7), r"model\.layers\.0\..*: the plan counts 7 values where"),
+        (lambda plan: changed(plan, rank=2, nnz=33, parameters=97), r"nnz=33 is not the same number of coefficients"),
         (lambda plan: renamed(plan, "model.norm"), r"names model\.norm, which is a LlamaRMSNorm here, not a linear"),
     ],
 )

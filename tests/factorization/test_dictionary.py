@@ -192,3 +192,11 @@ def test_small_errors_survive_a_dominant_direction(make_problem):
     exact = problem.evaluate(coefficients @ dictionary)
     assert exact < 1e-4
     assert cost == pytest.approx(exact, rel=0.02)
+
+
+def test_a_layer_of_zeros():
+    """Nothing to approximate: every factor is zero and finite, and the error is zero."""
+    problem = LayerProblem(torch.zeros(6, 8), torch.eye(8), torch.ones(6), "loss")
+    dictionary, coefficients, _ = factorize(problem, rank=3, support=2, refits=2)
+    assert torch.equal(coefficients @ dictionary, torch.zeros(6, 8, dtype=torch.float64))
+    assert projection_error(problem.cost_target, problem.squared_norm, torch.zeros(3, 6)) == 0.0

@@ -69,7 +69,7 @@ NO_MODELS = {
 @pytest.mark.parametrize("kind", NO_MODELS)
 def test_directory_that_is_no_model(tmp_path, kind):
     path = write(tmp_path / "thing", **NO_MODELS[kind])
-    with pytest.raises(RocketError, match="is no model that can be opened: ") as error:
+    with pytest.raises(RocketError, match=r"is no model that can be opened: |config\.json is not JSON: ") as error:
         load_model(config(path))
     assert "\n" not in str(error.value)
 
@@ -154,3 +154,57 @@ def test_embedded_model_is_an_ordinary_one(smollm2, tmp_path):
     ids = smollm2.tokens[:1, :16]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, smollm2.model(ids).logits)
+
+
+def edited(directory: Path, **fields: object) -> ModelConfig:
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**content, **fields}))
+    return config(directory)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers=1000000000 is more than any model has"),
+        ({"num_labels": 10**9}, "config.json: num_labels=1000000000 is more than any model has"),
+        ({"text_config": {"num_experts": 1e300}}, r"config.json: num_experts=1e\+300 is more than any model has"),
+        ({"num_hidden_layers": 3}, r"lacks model\.layers\.2\.input_layernorm\.weight and 8 other tensors"),
+        ({"hidden_act": "magic"}, "is no model that can be opened: "),
+        ({"num_attention_heads": 0}, "is no model that can be opened: "),
+        ({"vocab_size": True}, "is no model that can be opened: "),
+        ({"vocab_size": 10**30}, "is no model that can be opened: "),
+        ({"num_hidden_layers": 10**400}, "config.json: num_hidden_layers=100000000000000000000000000000 is more than"),
+        ({"architectures": 3}, "is no model that can be opened: "),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "is no model that can be opened: "),
+    ],
+)
+def test_hostile_configs(model_dir, fields, message):
+    with pytest.raises(RocketError, match=message) as error:
+        load_model(edited(model_dir("llama"), **fields))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "\x00", '{"a": ' + "9" * 5000 + "}"])
+def test_config_json_that_is_none(model_dir, content):
+    path = model_dir("llama")
+    (path / "config.json").write_text(content)
+    with pytest.raises(RocketError, match=r"config\.json (is not JSON|holds no mapping)"):
+        load_model(config(path))
+
+
+def test_pickled_weights_are_not_opened(model_dir):
+    path = model_dir("llama")
+    (path / "model.safetensors").unlink()
+    torch.save({}, path / "pytorch_model.bin")
+    with pytest.raises(RocketError, match=r"is no model that can be opened: .*model\.safetensors"):
+        load_model(config(path))
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/hostname", "a/../../outside.safetensors"])
+def test_index_that_leads_outside(model_dir, place):
+    path = model_dir("llama")
+    (path / "model.safetensors").rename(path.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": place}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RocketError, match=r"the index of .* names .*, which is not in it"):
+        load_model(config(path))

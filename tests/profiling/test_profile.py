@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.forms import select_forms
 from rocket.profiling import LayerProfile, profile_layer
@@ -27,4 +30,21 @@ def test_a_matrix_too_small_for_a_form_has_fewer_options(make_problem):
 
 def test_round_trip_through_json(make_problem):
     profile = profile_layer("a", "a", make_problem(8, 12), select_forms(["sparse"]), SETTINGS)
-    assert LayerProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+    assert LayerProfile.from_dict(json.loads(json.dumps(profile.to_dict())), "a") == profile
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": "b"}, "the profile of a is that of 'b'"),
+        ({"options": []}, "the profile of a has no options"),
+        ({"in_features": True}, "the profile of a: in_features: Input should be a valid integer"),
+        ({"in_features": 2**70}, "the profile of a: in_features: Input should be less than or equal to 1099511627776"),
+        ({"options": [{"form": "sparse"}]}, r"the profile of a: options\.0\.parameters: Field required"),
+        ({"damping": "none"}, "the profile of a: damping: Input should be a valid number"),
+    ],
+)
+def test_malformed_profiles(make_problem, change, message):
+    profile = profile_layer("a", "a", make_problem(8, 12), select_forms(["sparse"]), SETTINGS)
+    with pytest.raises(RocketError, match=message):
+        LayerProfile.from_dict({**json.loads(json.dumps(profile.to_dict())), **change}, "a")

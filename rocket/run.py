@@ -1,7 +1,7 @@
 """The run directory: atomic artifacts that know which inputs made them, a lock, a log.
 
     config.yaml  calibration/*.safetensors  profiles/LAYER.json  plans/BUDGET.json  models/BUDGET/
-    evaluation/*.json  log.jsonl
+    evaluation/*.json  usage.json  report.html  log.jsonl
 
 An artifact carries the fingerprint of everything it depends on and a checksum of what it holds. `RunDirectory.read_*`
 returns None when there is no artifact with that fingerprint (it must be made), and raises when there is one that was
@@ -34,6 +34,8 @@ from torch import Tensor
 from rocket.config.errors import RocketError
 
 FORMAT_VERSION = 3
+UNCHECKED = "README.md"
+"""What a folder's manifest leaves out: prose, which is completed and edited after the folder is whole."""
 Item = TypeVar("Item")
 
 
@@ -127,8 +129,9 @@ class RunDirectory:
                 )
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file atomically."""
-        return self._write(name, text.encode())
+        """Write a text file atomically; one that says the same already is left as it is."""
+        path, data = self.path / name, text.encode()
+        return path if path.exists() and path.read_bytes() == data else self._write(name, data)
 
     def write_json(self, name: str, fingerprint: str, content: Mapping[str, Any]) -> Path:
         """Write a JSON artifact atomically."""
@@ -180,13 +183,14 @@ class RunDirectory:
 
     @contextmanager
     def new_directory(self, name: str, fingerprint: str) -> Iterator[Path]:
-        """A folder to fill; it takes its name, with a manifest of its files, only when all is written."""
+        """A folder to fill; it takes its name, with a manifest of its files (`UNCHECKED` apart) when all is written."""
         final = self.path / name
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         files = {str(file.relative_to(temporary)): file_checksum(file) for file in _files(temporary)}
+        files.pop(UNCHECKED, None)
         manifest = {"fingerprint": fingerprint, "files": files}
         (temporary / "rocket-manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         for file in _files(temporary):
@@ -258,11 +262,18 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 
 @dataclass
 class Usage:
-    """What a piece of work took: wall seconds and peak memory in MB of the process, and of the GPU if there is one."""
+    """What a piece of work took: wall seconds and peak memory in MB of the process, and of the GPU if there is one.
+
+    ``energy_kwh`` and ``co2_kg`` are there where a run was told to take them, ``energy_source`` says how they were
+    (`reporting.energy`).
+    """
 
     seconds: float = 0.0
     peak_mb: float = 0.0
     gpu_peak_mb: float | None = None
+    energy_kwh: float | None = None
+    co2_kg: float | None = None
+    energy_source: str | None = None
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
+from rocket.allocation import ALLOCATORS, MAX_POINTS, Budget, MeasuredPoint, ModelSize, Plan, Planner, measure_size
 from rocket.calib import (
     SENSITIVITY_BATCH,
     Calibration,
@@ -28,6 +28,7 @@ from rocket.calib import (
 )
 from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
+from rocket.config.schema import AllocationConfig
 from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
 from rocket.evaluation import Evaluation, Score, evaluate, window_losses_of
 from rocket.models import (
@@ -42,7 +43,10 @@ from rocket.models import (
 )
 from rocket.models.inputs import tokenizer_of
 from rocket.profiling import LayerProfile, profile_layer
-from rocket.run import RunDirectory, Usage, fingerprint, track
+from rocket.reporting.card import model_card
+from rocket.reporting.html import render_report
+from rocket.reporting.summary import MeasuredSize, Summary
+from rocket.run import UNCHECKED, RunDirectory, fingerprint, track
 from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16
@@ -269,6 +273,7 @@ def compress_model(session: Session) -> Path:
             stored = stored_values(directory, plan.choices)
             if stored != plan.kept_target_parameters:
                 raise RocketError(f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}")
+            (directory / UNCHECKED).write_text(model_card(directory, session.config, plan), encoding="utf-8")
     return path
 
 
@@ -288,7 +293,7 @@ def export_dense(session: Session) -> Path:
 
 
 def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
-    """The original and the compressed model, measured by what fits them. Writes evaluation/*.json.
+    """The original and the compressed model, measured by what fits them. Writes evaluation/*.json, and the model card.
 
     The original comes first, while it is in memory for the stages before.
     """
@@ -304,6 +309,8 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
             compressed, _ = evaluate(session.config.evaluation, model, processor, kept)
         expected = session.evaluation_fingerprint(session.plan_fingerprint)
         session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
+    card = model_card(path, session.config, make_plan(session), original, compressed)
+    session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
     return original, compressed
 
 
@@ -340,19 +347,30 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
     return Evaluation(**content, scores=scores)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A finished run."""
-
-    path: Path
-    plan: Plan
-    original: Evaluation
-    compressed: Evaluation
-    usages: dict[str, Usage]
-
-
 def run_pipeline(session: Session) -> Summary:
-    """All stages. Running it again on the same directory redoes nothing."""
-    plan = make_plan(session)
+    """All stages, and report.html about them. Running it again on the same directory redoes nothing but the report."""
+    planner, plan = profile_layers(session), make_plan(session)
     original, compressed = evaluate_models(session)
-    return Summary(session.run.path / session.checkpoint, plan, original, compressed, session.usages())
+    path = session.run.path / session.checkpoint
+    sizes, usages = _measured_sizes(session), session.usages()
+    summary = Summary(path, session.config, planner, plan, original, compressed, sizes, usages)
+    session.run.write_text(summary.report.name, render_report(summary))
+    return summary
+
+
+def _measured_sizes(session: Session) -> list[MeasuredSize]:
+    """Plans in the run directory that were evaluated as the config says, whichever allocator made them, by size."""
+    allocations = [AllocationConfig(method=method, error_cap=cap) for method in ALLOCATORS for cap in (False, True)]
+    found = []
+    for file in (session.run.path / "plans").glob("*.json"):
+        name = f"plans/{file.name}"
+        content = session.run.read_json(name, None) or {}
+        if "budget" not in content:
+            continue
+        budget = Budget(**content["budget"])
+        for allocation in allocations:
+            expected = session.plan_fingerprint_of(budget, allocation)
+            evaluation = _stored_evaluation(session, budget.name, expected)
+            if evaluation is not None and session.run.read_json(name, expected) is not None:
+                found.append(MeasuredSize(Plan.from_dict(content), allocation, evaluation))
+    return sorted(found, key=lambda size: size.plan.removed_ratio)

@@ -22,7 +22,6 @@ METHODS = {
     "Such figures compare stages and methods on one machine; taken absolutely they may be off by a factor of two or "
     "more.",
 }
-SECONDS_BETWEEN_SAMPLES = 5.0
 
 
 class EnergyMeter:
@@ -44,6 +43,7 @@ class EnergyMeter:
             ) from None
         if config.country is not None and config.country not in DataSource().get_global_energy_mix_data():
             raise RocketError(f"reporting.country={config.country!r}: codecarbon knows no such country; write null")
+        self._tracker().get_detected_hardware()  # takes seconds the first time, which no stage is to be charged for
 
     @contextmanager
     def measure(self, usage: Usage) -> Iterator[None]:
@@ -54,12 +54,11 @@ class EnergyMeter:
         from codecarbon.core.cpu import is_rapl_available
 
         tracker = self._tracker()
-        tracker.start()
+        tracker.start_task()  # start() also measures in a thread, which counts twice when it meets the end
         try:
             yield
         finally:
-            tracker.stop()
-            data = tracker.final_emissions_data
+            data = tracker.stop_task()
             usage.energy_kwh = float(data.energy_consumed)
             usage.co2_kg = float(data.emissions) if self.config.country else None
             usage.energy_source = COUNTERS if is_rapl_available() else ESTIMATE
@@ -73,7 +72,6 @@ class EnergyMeter:
             country_iso_code=self.config.country,
             force_carbon_intensity_g_co2e_kwh=None if self.config.country else 0.0,
             tracking_mode="process",
-            measure_power_secs=SECONDS_BETWEEN_SAMPLES,
             output_methods=[],
             emissions_endpoint=None,
             electricitymaps_api_token=None,

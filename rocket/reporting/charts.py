@@ -19,6 +19,9 @@ COSTS = {
     "activation": "relative output errors, summed",
 }
 REMOVED = "removed, % of the target layers' parameters"
+MANY_LAYERS = 5000
+FEW_SIZES = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Of more layers than `MANY_LAYERS` only these sizes are planned: there a knapsack takes seconds, not milliseconds."""
 
 
 class Point(NamedTuple):
@@ -72,14 +75,17 @@ def predicted_series(planner: Planner, points: Sequence[CurvePoint] | None = Non
     """The price of each size as planned, corrected by measured plans, and what other choices of the options predict.
 
     ``points`` is the planner's curve, where it is known. Prices of 0 are left out: nothing of a curve is seen there.
+    Models of very many experts have few sizes and no comparison.
     """
-    points = planner.curve() if points is None else points
+    many = len(planner.profiles) > MANY_LAYERS
+    if points is None:
+        points = planner.curve(FEW_SIZES if many else None)
     series = [_line(f"predicted, {planner.allocation.method}", ((point.removed_ratio, point.cost) for point in points))]
     if planner.measured:
         corrected = ((point.removed_ratio, point.loss_increase or 0.0) for point in points)
         found = [Point(100 * point.removed_ratio, point.loss_increase) for point in planner.measured]
         series += [_line("corrected by measured plans", corrected), Series("measured plans", found)]
-    for name, other in _other_planners(planner):
+    for name, other in () if many else _other_planners(planner):
         series.append(_line(name, ((point.removed_ratio, point.cost) for point in other.curve())))
     return series
 

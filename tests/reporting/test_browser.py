@@ -153,9 +153,15 @@ def test_a_phone_scrolls_down_only(visit, summary, scheme):
 
 
 def test_print(visit, summary, tmp_path):
+    """On paper: light, with the config, without what only a screen can do."""
     page = visit(render_report(summary), color_scheme="dark")
+    assert page.locator("#config pre").is_hidden()
     assert page.pdf(path=tmp_path / "report.pdf", format="A4").startswith(b"%PDF")
-    assert page.locator("details:not([open])").count() == 0
+    page.emulate_media(media="print")
+    assert page.locator("#config pre").is_visible()
+    assert page.locator("#charts svg[role=img]").is_visible()
+    assert page.locator(".switch").is_hidden()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_without_scripts_the_figures_are_there(visit, summary):

@@ -7,6 +7,7 @@ import pytest
 
 from rocket.allocation import MeasuredPoint
 from rocket.evaluation import Evaluation, Score
+from rocket.reporting import charts
 from rocket.reporting.charts import predicted_series, size_quality_charts
 from rocket.reporting.measured import loss_increases
 
@@ -45,14 +46,23 @@ def test_measured_plans_correct_the_curve(invent):
     assert [point.y for point in corrected] == pytest.approx([2 * point.y for point in predicted])
 
 
+def test_very_many_layers_have_few_sizes(invent, monkeypatch):
+    planner = invent(LAYERS).planner
+    names = [series.name for series in predicted_series(planner)]
+    assert names == ["predicted, knapsack", "predicted, uniform", "predicted, dictionaries only"]
+    monkeypatch.setattr(charts, "MANY_LAYERS", len(LAYERS) - 1)
+    (few,) = predicted_series(planner)
+    assert [point.x for point in few.points] == [12.5, 25.0, 37.5, 50.0, 50.0]
+
+
 def test_other_costs_than_the_loss_have_a_chart_of_their_own(invent):
     before, after = Evaluation({"t": 10.0}, {}), Evaluation({"t": 12.0}, {})
-    charts = size_quality_charts(invent(LAYERS, cost="weight", original=before, compressed=after))
-    assert [(chart.title, chart.unit) for chart in charts] == [
+    drawn = size_quality_charts(invent(LAYERS, cost="weight", original=before, compressed=after))
+    assert [(chart.title, chart.unit) for chart in drawn] == [
         ("Predicted", "relative weight errors, summed"),
         ("Measured", "loss increase, nats a token"),
     ]
-    assert charts[1].series[0].points == [(25.0, pytest.approx(math.log(1.2)), None, None)]
+    assert drawn[1].series[0].points == [(25.0, pytest.approx(math.log(1.2)), None, None)]
 
 
 @pytest.mark.parametrize(("perplexity", "log"), [(12.0, True), (9.0, False)])
@@ -66,9 +76,9 @@ def test_scores_have_a_chart_each_with_the_original_at_nothing_removed(invent):
     task = {"metric": "acc", "items": 100, "accuracy": 0.5, "stderr": 0.05}
     before = Evaluation({}, {"piqa": task}, {"clips": [Score("word error rate", 3.0, 2.0, 4.0)]})
     after = Evaluation({}, {"piqa": {**task, "accuracy": 0.4}}, {"clips": [Score("word error rate", 5.0, 4.0, 6.0)]})
-    charts = {chart.title: chart for chart in size_quality_charts(invent(LAYERS, original=before, compressed=after))}
-    assert charts["word error rate, clips"].series[0].points == [(0.0, 3.0, 2.0, 4.0), (25.0, 5.0, 4.0, 6.0)]
-    (piqa,) = charts["piqa, accuracy, %"].series
+    drawn = {chart.title: chart for chart in size_quality_charts(invent(LAYERS, original=before, compressed=after))}
+    assert drawn["word error rate, clips"].series[0].points == [(0.0, 3.0, 2.0, 4.0), (25.0, 5.0, 4.0, 6.0)]
+    (piqa,) = drawn["piqa, accuracy, %"].series
     assert piqa.points[1] == pytest.approx((25.0, 40.0, 30.2, 49.8))
 
 

@@ -254,7 +254,7 @@ def test_interrupted(home, monkeypatch):
     assert "error: interrupted; run the same command again to go on from here" in result.stderr
 
 
-def test_pictures_without_matplotlib(fails, home, monkeypatch):
+def test_pictures_without_matplotlib(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = invoke(main.main, "report", "--png", "--config", home / "config.yaml")
     assert result.exit_code == 2

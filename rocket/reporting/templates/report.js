@@ -253,4 +253,4 @@ addEventListener("resize", () => {
   width = document.body.clientWidth;
   drawAll();
 });
-addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
+addEventListener("beforeprint", () => { document.getElementById("config").open = true; });

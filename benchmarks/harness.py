@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 import rocket.run
+from rocket.reporting.environment import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = {"torch": "torch", "transformers": "transformers", "numpy": "numpy", "rocket": "rocket-compress"}
 
 
 class Timing(NamedTuple):
@@ -87,43 +84,6 @@ def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     _print_table(command, rows)
     return path
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, usable cores, memory in GiB, GPU name (None without one)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "gpu": _gpu_name(),
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-def _gpu_name() -> str | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that decide the figures; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name, distribution in _PACKAGES.items():
-        try:
-            found[name] = version(distribution)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

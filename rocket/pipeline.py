@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
+from rocket.allocation import ALLOCATORS, MAX_POINTS, Budget, MeasuredPoint, ModelSize, Plan, Planner, measure_size
 from rocket.calib import (
     SENSITIVITY_BATCH,
     Calibration,
@@ -38,12 +38,16 @@ from rocket.compression import (
 )
 from rocket.config import RocketError
 from rocket.config.records import Whole, read_record
+from rocket.config.schema import AllocationConfig
 from rocket.evaluation import Evaluation, evaluate, window_losses_of
 from rocket.material import calibrates_on_samples, calibration_batches, calibration_tokens, check_sources
 from rocket.models import LinearLayer, features_of, is_causal_lm, open_checkpoint, release_pages, remedy_of_nan
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.ranks import ranks
-from rocket.run import RunDirectory, Usage, fingerprint, track
+from rocket.reporting.card import model_card
+from rocket.reporting.html import render_report
+from rocket.reporting.summary import MeasuredSize, Summary
+from rocket.run import UNCHECKED, RunDirectory, fingerprint, track
 from rocket.session import Session
 
 MEASURING_WINDOWS = 32
@@ -307,6 +311,7 @@ def compress_model(session: Session) -> Path:
                     raise RocketError(
                         f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}"
                     )
+                (directory / UNCHECKED).write_text(model_card(directory, session.config, plan), encoding="utf-8")
             session.run.remove(_BUILT)
     session.wait()
     return path
@@ -372,7 +377,7 @@ def export_dense(session: Session) -> Path:
 
 
 def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
-    """The original and the compressed model, measured by what fits them. Writes evaluation/*.json.
+    """The original and the compressed model, measured by what fits them. Writes evaluation/*.json, and the model card.
 
     The original comes first, while it is in memory for the stages before.
     """
@@ -390,6 +395,10 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
         session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
     agreed = session.agree(compressed)
     assert agreed is not None
+    plan = make_plan(session)
+    if session.leads:
+        card = model_card(path, session.config, plan, original, agreed)
+        session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
     return original, agreed
 
 
@@ -430,19 +439,31 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
     return read_record(Evaluation, content, session.run.path / f"evaluation/{name}.json")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A finished run."""
-
-    path: Path
-    plan: Plan
-    original: Evaluation
-    compressed: Evaluation
-    usages: dict[str, Usage]
-
-
 def run_pipeline(session: Session) -> Summary:
-    """All stages. Running it again on the same directory redoes nothing."""
-    plan = make_plan(session)
+    """All stages, and report.html about them. Running it again on the same directory redoes nothing but the report."""
+    planner, plan = profile_layers(session), make_plan(session)
     original, compressed = evaluate_models(session)
-    return Summary(session.run.path / session.checkpoint, plan, original, compressed, session.usages())
+    path = session.run.path / session.checkpoint
+    sizes, usages = _measured_sizes(session), session.usages()
+    summary = Summary(path, session.config, planner, plan, original, compressed, sizes, usages)
+    if session.leads:
+        session.run.write_text(summary.report.name, render_report(summary))
+    return summary
+
+
+def _measured_sizes(session: Session) -> list[MeasuredSize]:
+    """Plans in the run directory that were evaluated as the config says, whichever allocator made them, by size."""
+    allocations = [AllocationConfig(method=method, error_cap=cap) for method in ALLOCATORS for cap in (False, True)]
+    found = []
+    for file in (session.run.path / "plans").glob("*.json"):
+        name = f"plans/{file.name}"
+        content = session.run.read_json(name, None) or {}
+        if "budget" not in content:
+            continue
+        budget = Budget(**content["budget"])
+        for allocation in allocations:
+            expected = session.plan_fingerprint_of(budget, allocation)
+            evaluation = _stored_evaluation(session, budget.name, expected)
+            if evaluation is not None and session.run.read_json(name, expected) is not None:
+                found.append(MeasuredSize(Plan.from_dict(content), allocation, evaluation))
+    return sorted(found, key=lambda size: size.plan.removed_ratio)

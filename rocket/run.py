@@ -1,7 +1,7 @@
 """The run directory: atomic artifacts that know which inputs made them, a lock, a log.
 
     config.yaml  calibration/*.safetensors  profiles/LAYER.json  plans/BUDGET.json  models/BUDGET/
-    evaluation/*.json  log.jsonl
+    evaluation/*.json  usage.json  report.html  log.jsonl
 
 An artifact carries the fingerprint of everything it depends on and a checksum of its name and what it holds.
 `RunDirectory.read_*` returns None when there is no artifact with that fingerprint (it must be made), and raises when
@@ -40,6 +40,8 @@ MANIFEST = "rocket-manifest.json"
 MAX_JSON_BYTES = 1 << 25
 """Of an artifact; the plan of a model with 40 000 experts takes a quarter of it."""
 
+UNCHECKED = "README.md"
+"""What a folder's manifest leaves out: prose, which is completed and edited after the folder is whole."""
 Item = TypeVar("Item")
 
 
@@ -160,8 +162,11 @@ class RunDirectory:
         return self._inside(name).exists()
 
     def write_text(self, name: str, text: str) -> Path:
-        """Write a text file atomically."""
-        return self._write(name, lambda temporary: temporary.write_bytes(text.encode()))
+        """Write a text file atomically; one that says the same already is left as it is."""
+        path, data = self._inside(name), text.encode()
+        if path.exists() and path.read_bytes() == data:
+            return path
+        return self._write(name, lambda temporary: temporary.write_bytes(data))
 
     def write_json(self, name: str, fingerprint: str, content: Mapping[str, Any]) -> Path:
         """Write a JSON artifact atomically."""
@@ -224,7 +229,7 @@ class RunDirectory:
 
     @contextmanager
     def new_directory(self, name: str, fingerprint: str) -> Iterator[Path]:
-        """A folder to fill; it takes its name, with a manifest of its files, only when all is written."""
+        """A folder to fill; it takes its name, with a manifest of its files but `UNCHECKED`, when all is written."""
         final = self._inside(name)
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -233,6 +238,7 @@ class RunDirectory:
                 temporary.mkdir(parents=True)
                 yield temporary
                 files = {str(file.relative_to(temporary)): file_checksum(file) for file in _files(temporary)}
+                files.pop(UNCHECKED, None)
                 manifest = {"fingerprint": fingerprint, "files": files}
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
                 for file in _files(temporary):
@@ -361,11 +367,18 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 
 @dataclass
 class Usage:
-    """What a piece of work took: wall seconds and peak memory in MB of the process, and of the GPU if there is one."""
+    """What a piece of work took: wall seconds and peak memory in MB of the process, and of the GPU if there is one.
+
+    ``energy_kwh`` and ``co2_kg`` are there where a run was told to take them, ``energy_source`` says how they were
+    (`reporting.energy`).
+    """
 
     seconds: float = 0.0
     peak_mb: float = 0.0
     gpu_peak_mb: float | None = None
+    energy_kwh: float | None = None
+    co2_kg: float | None = None
+    energy_source: str | None = None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, dump_config
 from rocket.config.records import read_record
+from rocket.config.schema import AllocationConfig
 from rocket.data import check_source, source_stamp
 from rocket.forms import select_forms
 from rocket.memory import Memory, estimate_memory
@@ -30,6 +31,7 @@ from rocket.models import (
     weight_of,
 )
 from rocket.ranks import ranks, shares
+from rocket.reporting.energy import EnergyMeter
 from rocket.run import RunDirectory, Usage, fingerprint, measure
 
 Item = TypeVar("Item")
@@ -52,6 +54,7 @@ class Session:
         self.forms = select_forms(config.profiling.forms)
         self.budget = Budget.from_config(config.compression)
         select_allocator(config.allocation.method)
+        self._energy = EnergyMeter(config.reporting)
         for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples):
             check_source(source)
         identity = {
@@ -149,11 +152,10 @@ class Session:
 
     @cached_property
     def plan_fingerprint(self) -> str:
-        return fingerprint(
-            profiles=self.profile_fingerprint,
-            allocation=self.config.allocation.model_dump(),
-            budget=vars(self.budget),
-        )
+        return self.plan_fingerprint_of(self.budget, self.config.allocation)
+
+    def plan_fingerprint_of(self, budget: Budget, allocation: AllocationConfig) -> str:
+        return fingerprint(profiles=self.profile_fingerprint, allocation=allocation.model_dump(), budget=vars(budget))
 
     def evaluation_fingerprint(self, subject: str) -> str:
         settings = self.config.evaluation
@@ -170,10 +172,10 @@ class Session:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, note its peak memory, and log both."""
+        """Time a stage, note its peak memory (and its energy, where that is wanted), and log all."""
         logger.info("%s ...", name)
         self._reported.add(name)
-        with measure() as usage:
+        with measure() as usage, self._energy.measure(usage):
             yield
         if not self.leads:
             return

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rocket import pipeline, session
+from rocket import run as run_module
 from rocket.compression import stored_values
 from rocket.config import RocketError, load_config
 from rocket.nn import CompressedLinear
@@ -54,7 +55,7 @@ def logged(path: Path) -> list[tuple[str, bool]]:
 def artifacts(path: Path) -> dict[str, int]:
     """When each artifact was written; what every run writes anew is left out."""
     root = path.parent / "run"
-    always = {"config.yaml", "log.jsonl", "usage.json", ".lock"}
+    always = {"config.yaml", "log.jsonl", "usage.json", "report.html", ".lock"}
     files = (file for file in root.rglob("*") if file.is_file() and file.name not in always)
     return {str(file.relative_to(root)): file.stat().st_mtime_ns for file in files}
 
@@ -210,6 +211,63 @@ def test_killed_while_saving(write_config, monkeypatch):
     assert {name: artifacts(path)[name] for name in kept} == kept
     assert any(name.startswith("layers/") for name in before)  # built layers wait for the checkpoint
     assert not any(name.startswith("layers/") for name in artifacts(path))
+
+
+def test_model_card_is_completed_by_the_evaluation(write_config, monkeypatch):
+    path = write_config()
+    card = run(path, stage=pipeline.compress_model) / "README.md"
+    assert "Not measured yet" in card.read_text()
+    summary = run(path)
+    (perplexity,) = summary.compressed.perplexities.values()
+    assert f"{perplexity:.2f}" in card.read_text()
+    run(path, "evaluation.max_tokens=64", stage=pipeline.evaluate_models)
+    assert "max_tokens: 64" in card.read_text()
+
+
+@pytest.mark.parametrize("moment", ["before the card", "within the card"])
+def test_killed_between_the_evaluation_and_the_card(write_config, monkeypatch, moment):
+    path = write_config()
+    card = run(path, stage=pipeline.compress_model) / "README.md"
+    first = card.read_text()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_at_the_card(temporary, target):
+        return interrupted() if target.name == "README.md" else publish(temporary, target)
+
+    publish = run_module._publish
+    with monkeypatch.context() as patch:
+        if moment == "before the card":
+            patch.setattr(pipeline, "model_card", interrupted)
+        else:
+            patch.setattr(run_module, "_publish", interrupted_at_the_card)
+        with pytest.raises(KeyboardInterrupt):
+            run(path)
+    assert card.read_text() == first
+    before = artifacts(path)
+    assert any(name == "evaluation/removed-0.30.json" for name in before)
+    summary = run(path)
+    (perplexity,) = summary.compressed.perplexities.values()
+    assert f"{perplexity:.2f}" in card.read_text()
+    changed = {name for name, time in artifacts(path).items() if before.get(name) != time}
+    assert changed == {"models/removed-0.30/README.md"}
+    assert not list(card.parent.glob(".*"))
+
+
+def test_report_shows_all_sizes_of_the_directory(write_config):
+    path = write_config()
+    assert [size.plan.budget.name for size in run(path).sizes] == ["removed-0.30"]
+    summary = run(path, "compression.removed_ratio=0.5", "allocation.method=uniform")
+    assert [(size.plan.budget.name, size.chosen_by) for size in summary.sizes] == [
+        ("removed-0.30", "knapsack"),
+        ("removed-0.50", "uniform"),
+    ]
+    assert summary.sizes[1].plan == summary.plan
+    assert summary.sizes[1].evaluation == summary.compressed
+    assert "removed-0.50" in summary.report.read_text()
+    summary = run(path, "evaluation.max_tokens=64")  # what was measured otherwise is not comparable
+    assert [size.plan.budget.name for size in summary.sizes] == ["removed-0.30"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from rocket.compression import stored_values
 from rocket.config import RocketError, load_config
 from rocket.evaluation import Score, metrics
 from rocket.pipeline import export_dense, measure_prices, run_pipeline
-from rocket.scripts.cli import measured_rows
+from rocket.reporting.measured import measured_rows
 from rocket.session import Session
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 72}

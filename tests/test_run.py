@@ -119,6 +119,26 @@ def test_directories_appear_whole(run):
     assert run.read_json("run.json", None) == IDENTITY
 
 
+def test_the_prose_of_a_directory_may_change(run):
+    with run.new_directory("models/a", MADE) as directory:
+        (directory / "weights").write_text("whole")
+        (directory / "README.md").write_text("first")
+    assert run.has_directory("models/a", MADE)
+    run.write_text("models/a/README.md", "second")
+    assert run.has_directory("models/a", MADE)
+    (run.path / "models/a/README.md").unlink()
+    assert run.has_directory("models/a", MADE)
+
+
+def test_text_that_says_the_same_is_left(run):
+    path = run.write_text("notes/x.md", "ä\n")
+    before = path.stat()
+    assert run.write_text("notes/x.md", "ä\n") == path
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    run.write_text("notes/x.md", "b\n")
+    assert path.read_text() == "b\n"
+
+
 @pytest.mark.parametrize("kind", ["edited", "missing", "manifest"])
 def test_damaged_directories_are_told(run, kind):
     with run.new_directory("models/a", MADE) as directory:

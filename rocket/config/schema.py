@@ -240,6 +240,22 @@ class EvaluationConfig(Section):
     batch_size: Count = Field(4, description="Windows, or task requests, a forward pass.")
 
 
+class ReportingConfig(Section):
+    """What a run tells beside its results.
+
+    ```yaml
+    reporting: {energy: true, country: DEU}
+    ```
+    """
+
+    energy: bool = Field(
+        False, description="Take each stage's energy by codecarbon (the extra energy), offline; mostly an estimate."
+    )
+    country: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = Field(
+        None, description="Where the machine stands, as a three-letter ISO code: its electricity's CO2. null: no CO2."
+    )
+
+
 class Config(Section):
     """One run.
 
@@ -262,6 +278,7 @@ class Config(Section):
     allocation: AllocationConfig = Field(default_factory=lambda: AllocationConfig())
     compression: CompressionConfig = Field(default_factory=lambda: CompressionConfig(removed_ratio=0.2))
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig())
+    reporting: ReportingConfig = Field(default_factory=lambda: ReportingConfig())
 
     @model_validator(mode="after")
     def _loss_needs_sensitivity(self) -> Config:

@@ -15,9 +15,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from rocket.config import RocketError, load_config
-from rocket.evaluation import Evaluation
-from rocket.pipeline import Summary
 from rocket.ranks import ranks
+from rocket.reporting.measured import measured_rows
+from rocket.reporting.summary import Summary
 from rocket.session import Session
 
 ConfigOption = Annotated[
@@ -111,26 +111,5 @@ def show_summary(summary: Summary) -> None:
         stages.add_row(stage, f"{usage.seconds:.1f}", f"{usage.peak_mb:.0f}")
     console.print(stages)
     console.print(f"compressed model: {summary.path}", soft_wrap=True)
-    console.print(f"run directory:    {summary.path.parents[1]}", soft_wrap=True)
-
-
-def measured_rows(original: Evaluation, compressed: Evaluation) -> list[tuple[str, str, str]]:
-    """Rows of what was evaluated: name, original, compressed."""
-    rows = [
-        (f"perplexity, {text}", f"{value:.2f}", f"{compressed.perplexities[text]:.2f}")
-        for text, value in original.perplexities.items()
-    ]
-    for source, compressed_scores in compressed.scores.items():
-        before = {score.name: str(score) for score in original.scores.get(source, ())}
-        after = {score.name: str(score) for score in compressed_scores}
-        rows += [(f"{name}, {source}", before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
-    for task, result in original.accuracies.items():
-        other = compressed.accuracies[task]
-        rows.append(
-            (
-                f"{task} ({result['metric']}, {result['items']} items), %",
-                f"{100 * result['accuracy']:.1f} ± {100 * result['stderr']:.1f}",
-                f"{100 * other['accuracy']:.1f} ± {100 * other['stderr']:.1f}",
-            )
-        )
-    return rows
+    console.print(f"report:           {summary.report}", soft_wrap=True)
+    console.print(f"run directory:    {summary.run_directory}", soft_wrap=True)

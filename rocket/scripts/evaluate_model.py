@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from rocket import pipeline
-from rocket.scripts.cli import ConfigOption, SetOption, console, entry_point, measured_rows, run
+from rocket.reporting.measured import measured_rows
+from rocket.scripts.cli import ConfigOption, SetOption, console, entry_point, run
 
 
 def evaluate(config: ConfigOption = None, set_: SetOption = None) -> None:

@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from rocket import pipeline
+from rocket.config import RocketError
+from rocket.reporting.figures import draw_plan, draw_report
 from rocket.scripts.cli import ConfigOption, SetOption, console, run
 from rocket.scripts.compress_model import compress
 from rocket.scripts.evaluate_model import evaluate
 from rocket.scripts.gather_activations import gather_activations
-from rocket.scripts.plan_view import draw_plan, show_curve, show_plan
+from rocket.scripts.plan_view import show_curve, show_plan
 from rocket.scripts.profile_layers import profile_layers
 from rocket.scripts.run_full_pipeline import run_pipeline
 from rocket.session import Session
@@ -67,10 +69,32 @@ def export(
     console.print(f"dense model: {run(pipeline.export_dense, config, set_)}", soft_wrap=True)
 
 
+def report(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    png: Annotated[bool, typer.Option("--png", help="Also size-quality.png and plan.png, for papers.")] = False,
+) -> None:
+    """Write report.html anew: size against quality, the plan as a map, error curves, what each stage took."""
+
+    def stage(session: Session) -> None:
+        summary = pipeline.run_pipeline(session)
+        paths = [summary.report]
+        if png:
+            try:
+                paths += draw_report(summary, summary.run_directory)
+            except ImportError:
+                raise RocketError("--png needs matplotlib: pip install 'rocket-compress[report]'") from None
+        for path in paths:
+            console.print(f"report: {path}", soft_wrap=True)
+
+    run(stage, config, set_)
+
+
 main.command("run")(run_pipeline)
 main.command("gather")(gather_activations)
 main.command("profile")(profile_layers)
 main.command("plan")(plan)
 main.command("compress")(compress)
 main.command("evaluate")(evaluate)
+main.command("report")(report)
 main.command("export")(export)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ COMMANDS = {
     "rocket-evaluate": evaluate_model.main,
     "rocket-run-pipeline": run_full_pipeline.main,
 }
-SUBCOMMANDS = ["run", "gather", "profile", "plan", "compress", "evaluate", "export"]
+SUBCOMMANDS = ["run", "gather", "profile", "plan", "compress", "evaluate", "report", "export"]
 
 
 def invoke(app, *arguments: object):
@@ -112,6 +113,12 @@ def test_all_commands_in_turn(home):
         assert measured.stdout.count("measured at ") == 2
         assert "corrected" in measured.stdout
     assert invoke(main.main, "plan", *config, *["--measure", 0.3] * 3).exit_code == 2
+    reported = invoke(main.main, "report", "--png", *config)
+    assert reported.exit_code == 0
+    for name in ("report.html", "size-quality.png", "plan.png"):
+        assert str(home / "run" / name) in reported.stdout
+        assert (home / "run" / name).exists()
+    assert "corrected by measured plans" in (home / "run" / "report.html").read_text()
     exported = invoke(main.main, "export", "--dense", *config)
     assert exported.exit_code == 0
     assert "removed-0.30-dense" in exported.stdout
@@ -140,6 +147,7 @@ def test_all_commands_in_turn(home):
         ("evaluation.texts=[nowhere.txt]", "'nowhere.txt': no such source or file"),
         ("evaluation.seq_len=100000", "evaluation.seq_len=100000 exceeds the model's 128 positions"),
         ("evaluation.tasks=[piqqa]", "piqqa: no such task"),
+        ("reporting.country=Germany", "reporting.country='Germany': String should match pattern '^[A-Z]{3}$'"),
     ],
 )
 def test_bad_settings(fails, override, message):
@@ -244,6 +252,13 @@ def test_interrupted(home, monkeypatch):
     result = invoke(run_full_pipeline.main, "--config", home / "config.yaml")
     assert result.exit_code == 130
     assert "error: interrupted; run the same command again to go on from here" in result.stderr
+
+
+def test_pictures_without_matplotlib(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke(main.main, "report", "--png", "--config", home / "config.yaml")
+    assert result.exit_code == 2
+    assert "error: --png needs matplotlib: pip install 'rocket-compress[report]'" in result.stderr
 
 
 def test_full_disk(home, monkeypatch):

@@ -1,6 +1,7 @@
 """The stages in order. Each reads and writes artifacts of the run directory and does only what is missing there.
 
     gather_activations -> profile_layers -> make_plan -> compress_model -> evaluate_models
+                                                         compress_model -> heal_model -> evaluate_healed
 
 A stage is ``stage(session) -> artifact`` and begins by asking for the artifact of the one before it. Its fingerprint
 covers that artifact's fingerprint and its own part of the config, so a change upstream redoes what depends on it and
@@ -10,6 +11,7 @@ nothing else: profiles do not depend on the budget, and a second size costs a pl
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +30,8 @@ from rocket.calib import (
 )
 from rocket.compression import compress, merge, save_checkpoint, stored_values
 from rocket.config import RocketError
-from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
+from rocket.config.schema import HealingConfig
+from rocket.data import Sample, holds_samples, load_documents, load_samples, pack_tokens
 from rocket.evaluation import Evaluation, Score, evaluate, window_losses_of
 from rocket.models import (
     Batch,
@@ -47,6 +50,7 @@ from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16
 MEASURING_WINDOWS = 32
+FEWEST_TOKENS_A_DOCUMENT = 256
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +276,40 @@ def compress_model(session: Session) -> Path:
     return path
 
 
+def heal_model(session: Session) -> Path:
+    """The compressed model, fine-tuned with its sparsity kept, as the config's healing section says.
+
+    Writes models/BUDGET-healed/, and healing/BUDGET/ while it is at work: a killed run goes on from there. Costs what
+    ``healing.tokens`` or ``healing.minutes`` allow; memory: `rocket.healing.heal`.
+    """
+    from rocket.healing import heal  # here, as the Trainer takes seconds to import
+
+    config, run = session.config, session.run
+    if config.healing is None:
+        raise RocketError("the config has no healing section; add one, or say for example --set healing.minutes=20")
+    compressed, healed = compress_model(session), run.path / session.healed_checkpoint
+    if run.has_directory(session.healed_checkpoint, session.healing_fingerprint):
+        session.skip("heal")
+        return healed
+    examples = _healing_examples(session, config.healing)
+    session.release_model()
+    scratch = run.path / "healing" / session.budget.name
+    with session.stage("heal"), run.new_directory(session.healed_checkpoint, session.healing_fingerprint) as directory:
+        heal(compressed, config.model, config.healing, examples, scratch / session.healing_fingerprint, directory)
+    shutil.rmtree(scratch)
+    return healed
+
+
+def _healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequence[Sample]:
+    """Windows of tokens [n, seq_len], or samples, of the calibration part of healing's source."""
+    model, processor = session.loaded
+    if takes_media(model) and holds_samples(config.source):
+        return load_samples(config.source, "calibration")
+    limit = None if config.tokens is None else max(512, config.tokens // FEWEST_TOKENS_A_DOCUMENT)
+    documents = load_documents(config.source, "calibration", text_field=config.text_field, stream_limit=limit)
+    return pack_tokens(documents.texts, tokenizer_of(processor), config.seq_len, None, config.seed)
+
+
 def export_dense(session: Session) -> Path:
     """The compressed model multiplied out into plain weights, for engines that know nothing of rocket."""
     path = compress_model(session)
@@ -294,17 +332,29 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     """
     original, kept = _evaluate_original(session)
     path = compress_model(session)
+    return original, _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, kept)
+
+
+def evaluate_healed(session: Session) -> Evaluation | None:
+    """The healed model, measured as the others are; None if the config does not heal. Writes evaluation/*.json."""
+    if session.config.healing is None:
+        return None
+    _, kept = _evaluate_original(session)
+    path = heal_model(session)
+    return _evaluate_smaller(session, "healed", path, session.healing_fingerprint, kept)
+
+
+def _evaluate_smaller(session: Session, name: str, path: Path, subject: str, kept: Mapping[str, Tensor]) -> Evaluation:
     session.release_model()
-    compressed = _stored_evaluation(session, session.budget.name, session.plan_fingerprint)
-    if compressed is not None:
-        session.skip(f"evaluate {session.budget.name}")
-    else:
-        model, processor = open_checkpoint(path, session.config.model)
-        with session.stage("evaluate compressed"):
-            compressed, _ = evaluate(session.config.evaluation, model, processor, kept)
-        expected = session.evaluation_fingerprint(session.plan_fingerprint)
-        session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
-    return original, compressed
+    stored = _stored_evaluation(session, path.name, subject)
+    if stored is not None:
+        session.skip(f"evaluate {path.name}")
+        return stored
+    model, processor = open_checkpoint(path, session.config.model)
+    with session.stage(f"evaluate {name}"):
+        evaluation, _ = evaluate(session.config.evaluation, model, processor, kept)
+    session.run.write_json(f"evaluation/{path.name}.json", session.evaluation_fingerprint(subject), asdict(evaluation))
+    return evaluation
 
 
 _KEPT = "evaluation/original.safetensors"
@@ -342,12 +392,13 @@ def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation 
 
 @dataclass(frozen=True)
 class Summary:
-    """A finished run."""
+    """A finished run. ``path`` is the checkpoint that came out of it: the healed one, if the config heals."""
 
     path: Path
     plan: Plan
     original: Evaluation
     compressed: Evaluation
+    healed: Evaluation | None
     usages: dict[str, Usage]
 
 
@@ -355,4 +406,6 @@ def run_pipeline(session: Session) -> Summary:
     """All stages. Running it again on the same directory redoes nothing."""
     plan = make_plan(session)
     original, compressed = evaluate_models(session)
-    return Summary(session.run.path / session.checkpoint, plan, original, compressed, session.usages())
+    healed = evaluate_healed(session)
+    path = session.run.path / (session.checkpoint if healed is None else session.healed_checkpoint)
+    return Summary(path, plan, original, compressed, healed, session.usages())

@@ -32,7 +32,8 @@ class Session:
         self.forms = select_forms(config.profiling.forms)
         self.budget = Budget.from_config(config.compression)
         select_allocator(config.allocation.method)
-        for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples):
+        healing = [config.healing.source] if config.healing else []
+        for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples, *healing):
             check_source(source)
         identity = {
             "model": config.model.path,
@@ -90,6 +91,16 @@ class Session:
             budget=vars(self.budget),
         )
 
+    @cached_property
+    def healing_fingerprint(self) -> str:
+        healing = self.config.healing
+        assert healing is not None
+        return fingerprint(
+            plan=self.plan_fingerprint,
+            healing=healing.model_dump(exclude={"gradient_checkpointing", "save_steps"}),
+            source=source_stamp(healing.source),
+        )
+
     def evaluation_fingerprint(self, subject: str) -> str:
         settings = self.config.evaluation
         return fingerprint(
@@ -102,6 +113,11 @@ class Session:
     def checkpoint(self) -> str:
         """Where in the run directory the compressed model lies."""
         return f"models/{self.budget.name}"
+
+    @property
+    def healed_checkpoint(self) -> str:
+        """Where in the run directory the healed model lies."""
+        return f"{self.checkpoint}-healed"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

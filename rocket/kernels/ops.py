@@ -1,8 +1,9 @@
 """Products with bitmap-packed matrices as torch ops (`torch.ops.rocket`): CPU, CUDA and, through torch, anywhere else.
 
-They are for inference and have no gradient, but for `expand`, through which layers train. x may have any number of leading dimensions.
-x, values, dictionary, weight and bias share one dtype and device; all but x must be contiguous. `offsets` is
-`bitmap.row_offsets(mask)`, which the caller keeps. NaN and infinity in x spread as they do in the dense product.
+They are for inference and have no gradient, but for `expand`, through which layers train. x may have any number of
+leading dimensions. x, values, dictionary, weight and bias share one dtype and device; all but x must be contiguous.
+`offsets` is `bitmap.row_offsets(mask)`, which the caller keeps. NaN and infinity in x spread as they do in the dense
+product.
 """
 
 import math

@@ -61,8 +61,10 @@ def takes_text_alone(model: nn.Module) -> bool:
     return "input_ids" in forward_arguments(model) and (not takes_media(model) or is_causal_lm(model))
 
 
-def run_forward(model: nn.Module, batch: Batch) -> Any:
+def run_forward(model: nn.Module, batch: Batch, through: nn.Module | None = None) -> Any:
     """The model's output for a batch, on its device and in its type, without a cache.
+
+    ``through`` is what to call in its place: what wraps it, for training on several devices.
 
     ``labels`` are passed on where the decoder's input is made from them, and nowhere else; ``attention_mask`` not to
     speech models that normalise over time (wav2vec2-base), which were trained without. What is no tensor is passed on.
@@ -75,7 +77,7 @@ def run_forward(model: nn.Module, batch: Batch) -> Any:
     if "use_cache" in forward_arguments(model):
         arguments["use_cache"] = False
     with without_cache(model), _padding_token(model):
-        return model(**arguments)
+        return (through or model)(**arguments)
 
 
 def _like(parameter: Tensor, value: Any) -> Any:

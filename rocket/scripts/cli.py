@@ -71,18 +71,22 @@ def entry_point(command: Callable[..., None]) -> Callable[[], None]:
 
 
 def show_summary(summary: Summary) -> None:
-    """The final table: original beside compressed, then what each stage took."""
+    """The final table: original, compressed and healed side by side, then what each stage took."""
     plan = summary.plan
     table = Table(
         title=f"{plan.budget.name}: {100 * plan.removed_ratio:.1f} % of the target layers' parameters removed"
     )
-    for column in ("", "original", "compressed"):
+    smaller = [summary.compressed, *([summary.healed] if summary.healed else [])]
+    for column in ("", "original", "compressed", "healed")[: 2 + len(smaller)]:
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("parameters", f"{plan.size.parameters:,}", f"{plan.parameters:,}")
-    table.add_row("  of the target layers", f"{plan.size.target_parameters:,}", f"{plan.kept_target_parameters:,}")
-    table.add_row("bytes of tensors", f"{plan.size.bytes:,}", f"{plan.bytes:,}")
-    for name, original, compressed in measured_rows(summary.original, summary.compressed):
-        table.add_row(name, original, compressed)
+    for name, before, after in (
+        ("parameters", plan.size.parameters, plan.parameters),
+        ("  of the target layers", plan.size.target_parameters, plan.kept_target_parameters),
+        ("bytes of tensors", plan.size.bytes, plan.bytes),
+    ):
+        table.add_row(name, f"{before:,}", *[f"{after:,}"] * len(smaller))
+    for row in measured_rows(summary.original, *smaller):
+        table.add_row(*row)
     console.print(table)
     console.print(
         f"bytes saved: {100 * plan.bytes_removed_ratio:.1f} % of the whole model (masks take 1 bit a position; "
@@ -94,27 +98,23 @@ def show_summary(summary: Summary) -> None:
     for stage, usage in summary.usages.items():
         stages.add_row(stage, f"{usage.seconds:.1f}", f"{usage.peak_mb:.0f}")
     console.print(stages)
-    console.print(f"compressed model: {summary.path}", soft_wrap=True)
+    console.print(f"{'healed' if summary.healed else 'compressed'} model: {summary.path}", soft_wrap=True)
     console.print(f"run directory:    {summary.path.parents[1]}", soft_wrap=True)
 
 
-def measured_rows(original: Evaluation, compressed: Evaluation) -> list[tuple[str, str, str]]:
-    """Rows of what was evaluated: name, original, compressed."""
+def measured_rows(original: Evaluation, *smaller: Evaluation) -> list[tuple[str, ...]]:
+    """Rows of what was evaluated: its name, the original's value, those of the smaller models."""
+    all_of_them = (original, *smaller)
     rows = [
-        (f"perplexity, {text}", f"{value:.2f}", f"{compressed.perplexities[text]:.2f}")
-        for text, value in original.perplexities.items()
+        (f"perplexity, {text}", *(f"{evaluation.perplexities[text]:.2f}" for evaluation in all_of_them))
+        for text in original.perplexities
     ]
-    for source, compressed_scores in compressed.scores.items():
-        before = {score.name: str(score) for score in original.scores.get(source, ())}
-        after = {score.name: str(score) for score in compressed_scores}
-        rows += [(f"{name}, {source}", before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
+    for source in dict.fromkeys(source for evaluation in smaller for source in evaluation.scores):
+        scores = [{score.name: str(score) for score in evaluation.scores.get(source, ())} for evaluation in all_of_them]
+        names = dict.fromkeys(name for values in scores for name in values)
+        rows += [(f"{name}, {source}", *(values.get(name, "") for values in scores)) for name in names]
     for task, result in original.accuracies.items():
-        other = compressed.accuracies[task]
-        rows.append(
-            (
-                f"{task} ({result['metric']}, {result['items']} items), %",
-                f"{100 * result['accuracy']:.1f} ± {100 * result['stderr']:.1f}",
-                f"{100 * other['accuracy']:.1f} ± {100 * other['stderr']:.1f}",
-            )
-        )
+        results = [evaluation.accuracies[task] for evaluation in all_of_them]
+        accuracies = (f"{100 * result['accuracy']:.1f} ± {100 * result['stderr']:.1f}" for result in results)
+        rows.append((f"{task} ({result['metric']}, {result['items']} items), %", *accuracies))
     return rows

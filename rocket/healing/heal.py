@@ -1,0 +1,272 @@
+"""Fine-tune a compressed checkpoint on transformers' Trainer, on all devices that the config leaves it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from rocket.compression import save_checkpoint
+from rocket.config.errors import RocketError
+from rocket.config.schema import HealingConfig, ModelConfig
+from rocket.data import Sample
+from rocket.healing.objective import distillation, language_modelling
+from rocket.healing.parameters import check_unchanged, choose_parameters, settle_parameters
+from rocket.models import Batch, load_model, open_checkpoint, resolve_device, run_forward, sample_batches, token_batches
+
+Examples: TypeAlias = "Tensor | Sequence[Sample]"
+"""What is healed on: windows of tokens [n, seq_len], or samples of images or speech."""
+
+UNLIMITED_STEPS = 10**9
+SUMMARY = "healing.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What healing took. ``tokens`` counts those of windows, None for samples; ``loss`` is the mean of all steps."""
+
+    steps: int
+    tokens: int | None
+    seconds: float
+    parameters: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to heal: ``checkpoint`` to ``output``, with its own checkpoints in ``scratch``."""
+
+    checkpoint: Path
+    model: ModelConfig
+    healing: HealingConfig
+    examples: Examples
+    scratch: Path
+    output: Path
+    processes: int
+
+
+def heal(
+    checkpoint: Path,
+    model: ModelConfig,
+    healing: HealingConfig,
+    examples: Examples,
+    scratch: Path,
+    output: Path,
+    processes: int | None = None,
+) -> Healing:
+    """Heal a compressed checkpoint; the healed one, of the same format and size, lies in ``output`` afterwards.
+
+    ``model`` is the original, which distillation loads as well. ``scratch`` takes the Trainer's checkpoints: with the
+    same one, a run that was killed goes on from the last. ``processes`` are as many as there are CUDA devices by
+    default, each with its share of every batch; 1 on a CPU.
+
+    Memory: both models, and for each trained value 16 bytes (float32 value, gradient and two moments). Raises
+    RocketError when model and settings do not belong together.
+    """
+    device = resolve_device(model.device)
+    if device.index is not None:
+        raise RocketError(
+            f"model.device={model.device!r}: healing takes every CUDA device; write cuda, and choose among them with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    if device.type == "cpu" and model.dtype == "float16":
+        raise RocketError("healing in float16 needs a CUDA device; use model.dtype=bfloat16 or float32")
+    if healing.tokens is not None and not isinstance(examples, Tensor):
+        raise RocketError("healing.tokens counts tokens of text; limit healing on samples by healing.minutes")
+    count = processes or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    job = Job(checkpoint, model, healing, examples, scratch, output, count)
+    if count == 1:
+        _heal(job)
+    else:
+        torch.multiprocessing.spawn(_heal_as_one_of, (_free_port(), job), nprocs=count)
+    check_unchanged(checkpoint, output)
+    return Healing(**json.loads((output / SUMMARY).read_text()))
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _heal_as_one_of(rank: int, port: int, job: Job) -> None:
+    """One of several processes, as torchrun would start it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(job.processes)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    _heal(job)
+    torch.distributed.destroy_process_group()
+
+
+def _heal(job: Job) -> None:
+    import rocket  # noqa: F401 (a new process must know the checkpoint's format)
+
+    settings = job.healing
+    torch.manual_seed(settings.seed)
+    arguments = _training_arguments(job)
+    own_device = job.model.model_copy(update={"device": str(arguments.device)})
+    model, processor = open_checkpoint(job.checkpoint, own_device)
+    original = load_model(own_device)[0] if settings.objective == "distillation" else None
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    chosen = choose_parameters(model, settings)
+    pace = Pace(None if settings.minutes is None else 60 * settings.minutes, arguments.max_steps)
+    trainer = HealingTrainer(model, processor, original, settings, arguments, job.examples, pace)
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(job.scratch))
+    if trainer.is_world_process_zero():
+        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        step = trainer.state.global_step
+        tokens = step * _tokens_a_step(job, arguments) if isinstance(job.examples, Tensor) else None
+        plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        settle_parameters(plain, getattr(torch, job.model.dtype))
+        save_checkpoint(plain, processor, job.output)
+        summary = Healing(step, tokens, pace.seconds, parameters, result.training_loss)
+        (job.output / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
+        logger.debug("healed %s", ", ".join(chosen))
+
+
+def _tokens_a_step(job: Job, arguments: Any) -> int:
+    assert isinstance(job.examples, Tensor)
+    batch = job.healing.batch_size * job.healing.gradient_accumulation * arguments.world_size
+    return int(batch * job.examples.shape[1])
+
+
+def _training_arguments(job: Job) -> Any:
+    settings, dtype = job.healing, job.model.dtype
+    cpu = resolve_device(job.model.device).type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(job.scratch),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        max_steps=UNLIMITED_STEPS,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and job.processes > 1 else None,
+        adam_beta2=0.95,
+        logging_steps=10,
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        seed=settings.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if settings.tokens is not None:
+        arguments.max_steps = math.ceil(settings.tokens / _tokens_a_step(job, arguments))
+    return arguments
+
+
+def _last_checkpoint(scratch: Path) -> str | None:
+    """The newest of the Trainer's checkpoints that is complete: its state is written last."""
+    complete = [path.parent for path in scratch.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """How far healing has come, by steps and by time, whichever is nearer to its end; stops it there."""
+
+    def __init__(self, limit: float | None, max_steps: int) -> None:
+        self.limit = limit
+        self.max_steps = max_steps
+        self.share_of_time = 0.0
+        self._before = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, that of earlier attempts included."""
+        return self._before + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def share(self, step: int) -> float:
+        """0 at the beginning, 1 at the end."""
+        return max(step / self.max_steps, self.share_of_time)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._before = state.stateful_callbacks["Pace"]["attributes"]["seconds"]
+        self._started = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """All processes go by the first one's clock: they must agree on the learning rate and on when to stop."""
+        if self.limit is not None:
+            self.share_of_time = broadcast_object_list([self.seconds / self.limit])[0]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.share_of_time >= 1.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        if state.is_world_process_zero and "loss" in logs:
+            done = 100 * min(1.0, self.share(state.global_step))
+            logger.info("healing: %.0f %%, step %d, loss %.4f", done, state.global_step, logs["loss"])
+
+
+class HealingTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer with healing's objective, and a learning rate that follows its pace."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        original: PreTrainedModel | None,
+        settings: HealingConfig,
+        arguments: Any,
+        examples: Examples,
+        pace: Pace,
+    ) -> None:
+        self.original, self.settings, self.pace = original, settings, pace
+
+        def collate(items: Sequence[Any]) -> Batch:
+            if isinstance(examples, Tensor):
+                return token_batches(model, torch.stack(list(items)), len(items))[0]
+            return sample_batches(model, processor, items, len(items))[0]
+
+        super().__init__(model, arguments, collate, list(examples), callbacks=[pace])
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the objectives are means: let the Trainer divide by the accumulation
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Up to the learning rate during the warmup, then straight down to zero."""
+        warmup = self.settings.warmup
+
+        def rate(step: int) -> float:
+            share = self.pace.share(step + 1)
+            return min(share / warmup if warmup else 1.0, max(0.0, 1.0 - share) / (1.0 - warmup))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        output = run_forward(self.model, inputs, through=model)
+        if self.original is None:
+            return language_modelling(self.model, output, inputs)
+        with torch.no_grad():
+            wanted = run_forward(self.original, inputs)
+        return distillation(self.model, output, wanted, inputs, self.settings.temperature)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise RocketError("healing diverged: the loss is no number any more; lower healing.learning_rate")
+        return loss

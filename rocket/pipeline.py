@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rocket.allocation import MAX_POINTS, MeasuredPoint, ModelSize, Plan, Planner, measure_size
 from rocket.calib import (
@@ -127,9 +128,13 @@ def _check_sources(session: Session) -> None:
     if not _calibrates_on_samples(session):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
     for key, length in lengths.items():
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
+        _check_length(model, key, length)
+
+
+def _check_length(model: PreTrainedModel, key: str, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
 
 
 def _calibrates_on_samples(session: Session) -> bool:
@@ -291,7 +296,7 @@ def heal_model(session: Session) -> Path:
     if run.has_directory(session.healed_checkpoint, session.healing_fingerprint):
         session.skip("heal")
         return healed
-    examples = _healing_examples(session, config.healing)
+    examples = healing_examples(session, config.healing)
     session.release_model()
     scratch = run.path / "healing" / session.budget.name
     with session.stage("heal"), run.new_directory(session.healed_checkpoint, session.healing_fingerprint) as directory:
@@ -300,11 +305,12 @@ def heal_model(session: Session) -> Path:
     return healed
 
 
-def _healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequence[Sample]:
+def healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequence[Sample]:
     """Windows of tokens [n, seq_len], or samples, of the calibration part of healing's source."""
     model, processor = session.loaded
     if takes_media(model) and holds_samples(config.source):
         return load_samples(config.source, "calibration")
+    _check_length(model, "healing.seq_len", config.seq_len)
     limit = None if config.tokens is None else max(512, config.tokens // FEWEST_TOKENS_A_DOCUMENT)
     documents = load_documents(config.source, "calibration", text_field=config.text_field, stream_limit=limit)
     return pack_tokens(documents.texts, tokenizer_of(processor), config.seq_len, None, config.seed)

@@ -96,7 +96,12 @@ def heal(
     else:
         torch.multiprocessing.spawn(_heal_as_one_of, (_free_port(), job), nprocs=count)
     check_unchanged(checkpoint, output)
-    return Healing(**json.loads((output / SUMMARY).read_text()))
+    return read_summary(output)
+
+
+def read_summary(healed: Path) -> Healing:
+    """What the healing of a checkpoint took."""
+    return Healing(**json.loads((healed / SUMMARY).read_text()))
 
 
 def _free_port() -> int:
@@ -117,61 +122,69 @@ def _heal_as_one_of(rank: int, port: int, job: Job) -> None:
 def _heal(job: Job) -> None:
     import rocket  # noqa: F401 (a new process must know the checkpoint's format)
 
-    settings = job.healing
-    torch.manual_seed(settings.seed)
-    arguments = _training_arguments(job)
-    own_device = job.model.model_copy(update={"device": str(arguments.device)})
-    model, processor = open_checkpoint(job.checkpoint, own_device)
-    original = load_model(own_device)[0] if settings.objective == "distillation" else None
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    chosen = choose_parameters(model, settings)
-    pace = Pace(None if settings.minutes is None else 60 * settings.minutes, arguments.max_steps)
-    trainer = HealingTrainer(model, processor, original, settings, arguments, job.examples, pace)
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(job.scratch))
-    if trainer.is_world_process_zero():
-        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        step = trainer.state.global_step
-        tokens = step * _tokens_a_step(job, arguments) if isinstance(job.examples, Tensor) else None
-        plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        settle_parameters(plain, getattr(torch, job.model.dtype))
-        save_checkpoint(plain, processor, job.output)
-        summary = Healing(step, tokens, pace.seconds, parameters, result.training_loss)
-        (job.output / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
-        logger.debug("healed %s", ", ".join(chosen))
+    on_cpu = job.model.model_copy(update={"device": "cpu"})
+    model, processor = open_checkpoint(job.checkpoint, on_cpu)
+    original = load_model(on_cpu)[0] if job.healing.objective == "distillation" else None
+    choose_parameters(model, job.healing)
+    healing = fit(model, processor, original, job.model, job.healing, job.examples, job.scratch, job.processes)
+    if int(os.environ.get("RANK", 0)) == 0:
+        settle_parameters(model, getattr(torch, job.model.dtype))
+        save_checkpoint(model, processor, job.output)
+        (job.output / SUMMARY).write_text(json.dumps(asdict(healing), indent=1) + "\n")
 
 
-def _tokens_a_step(job: Job, arguments: Any) -> int:
-    assert isinstance(job.examples, Tensor)
-    batch = job.healing.batch_size * job.healing.gradient_accumulation * arguments.world_size
-    return int(batch * job.examples.shape[1])
+def fit(
+    model: PreTrainedModel,
+    processor: Any,
+    original: PreTrainedModel | None,
+    loading: ModelConfig,
+    healing: HealingConfig,
+    examples: Examples,
+    scratch: Path,
+    processes: int = 1,
+) -> Healing:
+    """Train what requires a gradient in ``model``, in place; this process is one of ``processes``.
 
-
-def _training_arguments(job: Job) -> Any:
-    settings, dtype = job.healing, job.model.dtype
-    cpu = resolve_device(job.model.device).type == "cpu"
+    Products are computed in ``loading.dtype``, whatever type the trained parameters have. ``original`` is what
+    distillation follows, None for language modelling. Leaves the Trainer's checkpoints in ``scratch``, and goes on from
+    one that is there. Raises RocketError if the loss is no number any more.
+    """
+    torch.manual_seed(healing.seed)
+    cpu = resolve_device(loading.device).type == "cpu"
     arguments = TrainingArguments(
-        output_dir=str(job.scratch),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
+        output_dir=str(scratch),
+        per_device_train_batch_size=healing.batch_size,
+        gradient_accumulation_steps=healing.gradient_accumulation,
+        learning_rate=healing.learning_rate,
         max_steps=UNLIMITED_STEPS,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
+        bf16=loading.dtype == "bfloat16",
+        fp16=loading.dtype == "float16",
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu and job.processes > 1 else None,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
         adam_beta2=0.95,
         logging_steps=10,
-        save_steps=settings.save_steps,
+        save_steps=healing.save_steps,
         save_total_limit=1,
-        seed=settings.seed,
+        seed=healing.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
     )
-    if settings.tokens is not None:
-        arguments.max_steps = math.ceil(settings.tokens / _tokens_a_step(job, arguments))
-    return arguments
+    a_step = healing.batch_size * healing.gradient_accumulation * processes
+    tokens_a_step = a_step * examples.shape[1] if isinstance(examples, Tensor) else None
+    if healing.tokens is not None and tokens_a_step is not None:
+        arguments.max_steps = math.ceil(healing.tokens / tokens_a_step)
+    if healing.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if original is not None:
+        original.to(arguments.device)
+    pace = Pace(None if healing.minutes is None else 60 * healing.minutes, arguments.max_steps)
+    trainer = HealingTrainer(model, processor, original, healing, arguments, examples, pace)
+    loss = trainer.train(resume_from_checkpoint=_last_checkpoint(scratch)).training_loss
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
+    steps = trainer.state.global_step
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Healing(steps, tokens_a_step and steps * tokens_a_step, pace.seconds, parameters, loss)
 
 
 def _last_checkpoint(scratch: Path) -> str | None:

@@ -162,6 +162,7 @@ def test_all_commands_in_turn(home):
         ("evaluation.tasks=[piqqa]", "piqqa: no such task"),
         ("healing.tokens=null", "healing: give tokens or minutes, after which to stop"),
         ("healing.source=nowhere.txt", "'nowhere.txt': no such source or file"),
+        ("healing.seq_len=1000", "healing.seq_len=1000 exceeds the model's 128 positions"),
         ("healing.objectives=x", "unknown key 'healing.objectives': did you mean 'objective'?"),
     ],
 )

@@ -291,6 +291,14 @@ def test_healing(write_config, text_file):
     }
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_healing_of_other_families(write_config, text_file, family):
+    path = write_config(family, healing={**HEALING, "source": str(text_file)})
+    healed = run(path, stage=pipeline.heal_model)
+    before, after = (load_file(folder / "model.safetensors") for folder in (healed.with_name("removed-0.30"), healed))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_killed_healing_goes_on(write_config, text_file, monkeypatch):
     path = write_config(healing={**HEALING, "source": str(text_file), "save_steps": 2})
     steps: list[int] = []

@@ -253,7 +253,7 @@ class HealingConfig(Section):
     batch_size: Count = Field(4, description="Windows or samples a forward pass, of each device.")
     gradient_accumulation: Count = Field(1, description="Forward passes a step.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
-    learning_rate: Annotated[float, Field(gt=0.0)] = Field(1e-4, description="Of AdamW, at its highest.")
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="Of AdamW, at its highest.")
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.05, description="Share of the training in which the learning rate rises; then it falls evenly to 0."
     )

@@ -94,7 +94,7 @@ def heal(
     if count == 1:
         _heal(job)
     else:
-        torch.multiprocessing.spawn(_heal_as_one_of, (_free_port(), job), nprocs=count)
+        _spawn(job)
     check_unchanged(checkpoint, output)
     return read_summary(output)
 
@@ -102,6 +102,16 @@ def heal(
 def read_summary(healed: Path) -> Healing:
     """What the healing of a checkpoint took."""
     return Healing(**json.loads((healed / SUMMARY).read_text()))
+
+
+def _spawn(job: Job) -> None:
+    try:
+        torch.multiprocessing.spawn(_heal_as_one_of, (_free_port(), job), nprocs=job.processes)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        kind, _, message = str(error).strip().splitlines()[-1].partition(": ")  # of a traceback, as text
+        if kind.endswith(RocketError.__name__):
+            raise RocketError(message) from None
+        raise
 
 
 def _free_port() -> int:

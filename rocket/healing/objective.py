@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rocket.calib.positions import Positions
 from rocket.config.errors import RocketError
-from rocket.models.inputs import Batch, label_scores, labels_of
+from rocket.models import Batch, is_encoder_decoder, label_scores, labels_of
 
 CHUNK_VALUES = 1 << 22
 """Scores that are worked on at once in float32: few enough to stay near the processor."""
@@ -17,17 +18,21 @@ CHUNK_VALUES = 1 << 22
 
 def language_modelling(model: nn.Module, output: Any, batch: Batch) -> Tensor:
     """Mean cross-entropy of the batch's labels, nats a label. Raises RocketError if model or batch have none."""
-    return F.cross_entropy(*_labelled(model, output, batch))
+    logits, labels = _logits(model, output), labels_of(model, batch)
+    if labels is None or labels.shape != logits.shape[:-1]:
+        raise RocketError(f"{type(model).__name__} has no labels to learn from; use healing.objective=distillation")
+    return F.cross_entropy(*label_scores(model, logits, labels))
 
 
 def distillation(model: nn.Module, output: Any, original: Any, batch: Batch, temperature: float) -> Tensor:
-    """Mean divergence KL(original ‖ model) over the predictions of the batch's labels, in nats, times temperature².
+    """Mean divergence KL(original ‖ model) over the predictions for a batch, in nats, times temperature².
 
     ``output`` and ``original`` are the two models' outputs for the batch. Both scores are divided by ``temperature``
-    first; the factor keeps gradients as large as at 1 (Hinton et al. 2015, arXiv 1503.02531). Raises RocketError if
-    model or batch have no labels.
+    first; the factor keeps gradients as large as at 1 (Hinton et al. 2015, arXiv 1503.02531). Predictions are those of
+    the batch's labels; of all positions but padding where there are no labels (classifiers, masked language models,
+    CTC). Raises RocketError if the model puts out no scores of classes.
     """
-    scores, wanted = _labelled(model, output, batch)[0], _labelled(model, original, batch)[0]
+    scores, wanted = (_predictions(model, _logits(model, each), batch) for each in (output, original))
     divergence: Tensor = _Divergence.apply(scores, wanted, temperature)  # type: ignore[no-untyped-call]
     return divergence
 
@@ -59,12 +64,16 @@ class _Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * incoming, None, None
 
 
-def _labelled(model: nn.Module, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores [n, classes] and labels [n] of all positions that have a label."""
-    logits, labels = getattr(output, "logits", None), labels_of(model, batch)
-    if logits is None or labels is None or labels.shape != logits.shape[:-1]:
-        raise RocketError(
-            f"{type(model).__name__} puts out no scores of labels that these data have, so there is nothing to heal it "
-            "by; models that write can be healed"
-        )
-    return label_scores(model, logits, labels)
+def _logits(model: nn.Module, output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or not 2 <= logits.dim() <= 3 or logits.shape[-1] == 1:
+        raise RocketError(f"{type(model).__name__} predicts no classes, such as tokens; it cannot be healed")
+    return logits
+
+
+def _predictions(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
+    """Scores [n, classes], float32, of the positions that count."""
+    labels = labels_of(model, batch)
+    if labels is not None and labels.shape == logits.shape[:-1]:
+        return label_scores(model, logits, labels)[0]
+    return Positions(model, batch).select(logits, is_encoder_decoder(model)).float()

@@ -108,6 +108,12 @@ def test_two_processes_share_a_batch(healed):
         torch.testing.assert_close(tensors_of(shared)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_mistake_is_told_from_whichever_process_it_is_found_in(healed):
+    with pytest.raises(RocketError, match=r"^healing diverged: .*; lower healing.learning_rate$"):
+        healed(learning_rate=1e30, processes=2)
+
+
 def test_time_runs_out(healed, tmp_path):
     _, took = healed(tokens=None, minutes=1e-6)
     assert took.steps == 1

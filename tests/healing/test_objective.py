@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM
 
 from rocket.config.errors import RocketError
 from rocket.healing import distillation, language_modelling, objective
@@ -49,5 +50,19 @@ def test_language_modelling_is_the_models_own_loss(make_model, token_ids):
 
 def test_models_without_scores_are_refused(make_model, token_ids):
     features = SimpleNamespace(last_hidden_state=torch.zeros(3, 32, 8))
-    with pytest.raises(RocketError, match="LlamaForCausalLM puts out no scores of labels"):
+    with pytest.raises(RocketError, match="LlamaForCausalLM predicts no classes, such as tokens; it cannot be healed"):
         language_modelling(make_model(), features, {"input_ids": token_ids[:3]})
+
+
+def test_padding_does_not_count(token_ids):
+    """A masked language model has no labels of its own: all positions but padding count."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForMaskedLM(BertConfig(**sizes, vocab_size=20))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    batch = {"input_ids": token_ids[:2, :4], "attention_mask": mask}
+    logits, wanted = torch.randn(2, 2, 4, 20, generator=torch.Generator().manual_seed(0))
+    rows = [scores[mask.bool()].log_softmax(-1) for scores in (logits, wanted)]
+    expected = F.kl_div(*rows, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(distillation(model, output_of(logits), output_of(wanted), batch, 1.0), expected)
+    with pytest.raises(RocketError, match=r"BertForMaskedLM has no labels .* use healing.objective=distillation"):
+        language_modelling(model, output_of(logits), batch)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rocket import pipeline, session
 from rocket.compression import stored_values
 from rocket.config import RocketError, load_config
-from rocket.healing.heal import HealingTrainer
+from rocket.healing.trainer import HealingTrainer
 from rocket.nn import CompressedLinear
 from rocket.pipeline import run_pipeline
 from rocket.session import Session

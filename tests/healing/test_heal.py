@@ -9,7 +9,7 @@ from rocket.config.errors import RocketError
 from rocket.config.schema import HealingConfig, ModelConfig
 from rocket.data import Sample
 from rocket.healing import distillation, heal
-from rocket.healing.heal import Pace, _last_checkpoint
+from rocket.healing.trainer import Pace, last_checkpoint
 from rocket.models import run_forward
 
 STEPS = 12
@@ -82,7 +82,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(healed, monkeypatch, train, t
         patch.setattr(Pace, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             healed("resumed", train=train)
-    assert _last_checkpoint(tmp_path / "resumed-work").endswith("checkpoint-5")
+    assert last_checkpoint(tmp_path / "resumed-work").endswith("checkpoint-5")
     (tmp_path / "resumed-work" / "checkpoint-6").mkdir()  # as if killed while writing it
     resumed, again = healed("resumed", train=train)
     assert again.steps == took.steps
@@ -118,6 +118,15 @@ def test_time_runs_out(healed, tmp_path):
     _, took = healed(tokens=None, minutes=1e-6)
     assert took.steps == 1
     assert took.seconds > 0
+
+
+def test_no_step_is_wasted(healed, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        Pace, "on_step_begin", lambda self, *_, optimizer, **__: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    healed(warmup=0.5, tokens=4 * 4 * 32)
+    assert rates == pytest.approx([QUICK["learning_rate"] * share for share in (0.25, 0.75, 0.75, 0.25)])
 
 
 def test_time_of_earlier_attempts_counts():

@@ -8,7 +8,7 @@ RUN apt-get update \
 COPY . /opt/rocket
 # The image's own torch satisfies rocket's requirement and stays.
 RUN cd /opt/rocket \
-    && pip install --no-cache-dir '.[heal,report]' \
+    && pip install --no-cache-dir '.[report]' \
     && pip install --no-cache-dir --no-deps -r requirements/demo.txt
 
 # docker run --gpus all -v "$PWD:/workspace" IMAGE run --config my.yaml

@@ -1,4 +1,4 @@
-"""What a run calibrates on: the batches of its source, as its model takes them."""
+"""What a run calibrates and heals on, as its model takes it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rocket.config import RocketError
-from rocket.data import holds_samples, load_documents, load_samples, pack_tokens
+from rocket.config.schema import HealingConfig
+from rocket.data import Sample, holds_samples, load_documents, load_samples, pack_tokens
 from rocket.models import Batch, sample_batches, takes_media, takes_text_alone, token_batches
 from rocket.models.inputs import tokenizer_of
 from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16
+FEWEST_TOKENS_A_DOCUMENT = 256
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +37,13 @@ def check_sources(session: Session) -> None:
     if not calibrates_on_samples(session):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
     for key, length in lengths.items():
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
+        _check_length(model, key, length)
+
+
+def _check_length(model: PreTrainedModel, key: str, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
 
 
 def calibrates_on_samples(session: Session) -> bool:
@@ -68,3 +75,14 @@ def calibration_tokens(session: Session, spare: int = 0) -> Tensor:
     )
     tokenizer = tokenizer_of(session.loaded[1])
     return pack_tokens(documents.texts, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
+
+
+def healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequence[Sample]:
+    """Windows of tokens [n, seq_len], or samples, of the calibration part of healing's source."""
+    model, processor = session.loaded
+    if takes_media(model) and holds_samples(config.source):
+        return load_samples(config.source, "calibration")
+    _check_length(model, "healing.seq_len", config.seq_len)
+    limit = None if config.tokens is None else max(512, config.tokens // FEWEST_TOKENS_A_DOCUMENT)
+    documents = load_documents(config.source, "calibration", text_field=config.text_field, stream_limit=limit)
+    return pack_tokens(documents.texts, tokenizer_of(processor), config.seq_len, None, config.seed)

@@ -1,6 +1,7 @@
 """The stages in order. Each reads and writes artifacts of the run directory and does only what is missing there.
 
     gather_activations -> profile_layers -> make_plan -> compress_model -> evaluate_models
+                                                         compress_model -> heal_model -> evaluate_healed
 
 A stage is ``stage(session) -> artifact`` and begins by asking for the artifact of the one before it. Its fingerprint
 covers that artifact's fingerprint and its own part of the config, so a change upstream redoes what depends on it and
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,7 +42,13 @@ from rocket.config import RocketError
 from rocket.config.records import Whole, read_record
 from rocket.config.schema import AllocationConfig
 from rocket.evaluation import Evaluation, evaluate, window_losses_of
-from rocket.material import calibrates_on_samples, calibration_batches, calibration_tokens, check_sources
+from rocket.material import (
+    calibrates_on_samples,
+    calibration_batches,
+    calibration_tokens,
+    check_sources,
+    healing_examples,
+)
 from rocket.models import LinearLayer, features_of, is_causal_lm, open_checkpoint, release_pages, remedy_of_nan
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.ranks import ranks
@@ -361,6 +369,33 @@ class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
         return len(self._names)
 
 
+def heal_model(session: Session) -> Path:
+    """The compressed model, fine-tuned with its sparsity kept, as the config's healing section says.
+
+    Writes models/BUDGET-healed/, and healing/BUDGET/ while it is at work: a killed run goes on from there. Costs what
+    ``healing.tokens`` or ``healing.minutes`` allow; memory: `rocket.healing.heal`.
+    """
+    from rocket.healing import heal  # here, as the Trainer takes seconds to import
+
+    config, run = session.config, session.run
+    if config.healing is None:
+        raise RocketError("the config has no healing section; add one, or say for example --set healing.minutes=20")
+    compressed, healed = compress_model(session), run.path / session.healed_checkpoint
+    if session.agree(run.has_directory(session.healed_checkpoint, session.healing_fingerprint)):
+        session.skip("heal")
+        return healed
+    examples = healing_examples(session, config.healing)
+    session.release_model()
+    if session.leads:
+        scratch = run.path / "healing" / session.budget.name
+        expected = session.healing_fingerprint
+        with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
+            heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
+        shutil.rmtree(scratch)
+    session.wait()
+    return healed
+
+
 def export_dense(session: Session) -> Path:
     """The compressed model multiplied out into plain weights, for engines that know nothing of rocket."""
     path = compress_model(session)
@@ -383,23 +418,32 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     """
     original, kept = _evaluate_original(session)
     path = compress_model(session)
+    return original, _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, kept)
+
+
+def evaluate_healed(session: Session) -> Evaluation | None:
+    """The healed model, measured as the others are; None if the config does not heal. Writes evaluation/*.json."""
+    if session.config.healing is None:
+        return None
+    _, kept = _evaluate_original(session)
+    path = heal_model(session)
+    return _evaluate_smaller(session, "healed", path, session.healing_fingerprint, kept)
+
+
+def _evaluate_smaller(session: Session, name: str, path: Path, subject: str, kept: Mapping[str, Tensor]) -> Evaluation:
     session.release_model()
-    compressed = _stored_evaluation(session, session.budget.name, session.plan_fingerprint)
-    if compressed is not None:
-        session.skip(f"evaluate {session.budget.name}")
+    stored = _stored_evaluation(session, path.name, subject)
+    if stored is not None:
+        session.skip(f"evaluate {path.name}")
     elif session.leads:
         model, processor = open_checkpoint(path, session.config.model, session.streams, session.states)
-        with session.stage("evaluate compressed"):
-            compressed, _ = evaluate(session.config.evaluation, model, processor, kept)
-        expected = session.evaluation_fingerprint(session.plan_fingerprint)
-        session.run.write_json(f"evaluation/{session.budget.name}.json", expected, asdict(compressed))
-    agreed = session.agree(compressed)
+        with session.stage(f"evaluate {name}"):
+            stored, _ = evaluate(session.config.evaluation, model, processor, kept)
+        expected = session.evaluation_fingerprint(subject)
+        session.run.write_json(f"evaluation/{path.name}.json", expected, asdict(stored))
+    agreed = session.agree(stored)
     assert agreed is not None
-    plan = make_plan(session)
-    if session.leads:
-        card = model_card(path, session.config, plan, original, agreed)
-        session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
-    return original, agreed
+    return agreed
 
 
 _KEPT = "evaluation/original.safetensors"
@@ -443,9 +487,10 @@ def run_pipeline(session: Session) -> Summary:
     """All stages, and report.html about them. Running it again on the same directory redoes nothing but the report."""
     planner, plan = profile_layers(session), make_plan(session)
     original, compressed = evaluate_models(session)
-    path = session.run.path / session.checkpoint
+    healed = evaluate_healed(session)
+    path = session.run.path / (session.checkpoint if healed is None else session.healed_checkpoint)
     sizes, usages = _measured_sizes(session), session.usages()
-    summary = Summary(path, session.config, planner, plan, original, compressed, sizes, usages)
+    summary = Summary(path, session.config, planner, plan, original, compressed, healed, sizes, usages)
     if session.leads:
         session.run.write_text(summary.report.name, render_report(summary))
     return summary

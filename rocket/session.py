@@ -55,7 +55,8 @@ class Session:
         self.budget = Budget.from_config(config.compression)
         select_allocator(config.allocation.method)
         self._energy = EnergyMeter(config.reporting)
-        for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples):
+        healing = [config.healing.source] if config.healing else []
+        for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples, *healing):
             check_source(source)
         identity = {
             "model": config.model.path,
@@ -157,6 +158,16 @@ class Session:
     def plan_fingerprint_of(self, budget: Budget, allocation: AllocationConfig) -> str:
         return fingerprint(profiles=self.profile_fingerprint, allocation=allocation.model_dump(), budget=vars(budget))
 
+    @cached_property
+    def healing_fingerprint(self) -> str:
+        healing = self.config.healing
+        assert healing is not None
+        return fingerprint(
+            plan=self.plan_fingerprint,
+            healing=healing.model_dump(exclude={"gradient_checkpointing", "save_steps"}),
+            source=source_stamp(healing.source),
+        )
+
     def evaluation_fingerprint(self, subject: str) -> str:
         settings = self.config.evaluation
         return fingerprint(
@@ -169,6 +180,11 @@ class Session:
     def checkpoint(self) -> str:
         """Where in the run directory the compressed model lies."""
         return f"models/{self.budget.name}"
+
+    @property
+    def healed_checkpoint(self) -> str:
+        """Where in the run directory the healed model lies."""
+        return f"{self.checkpoint}-healed"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from rocket import pipeline, session
 from rocket import run as run_module
 from rocket.compression import stored_values
 from rocket.config import RocketError, load_config
+from rocket.healing.trainer import HealingTrainer
 from rocket.nn import CompressedLinear
 from rocket.pipeline import run_pipeline
 from rocket.session import Session
@@ -335,6 +336,77 @@ def test_dense_export(finished):
     lines = len(logged(finished / "config.yaml"))
     assert run(finished / "config.yaml", stage=pipeline.export_dense) == path
     assert all(skipped for _, skipped in logged(finished / "config.yaml")[lines:])
+
+
+HEALING = {"tokens": 1024, "seq_len": 32, "batch_size": 4, "learning_rate": 3e-3}
+
+
+def test_healing(write_config, text_file):
+    path = write_config(healing={**HEALING, "source": str(text_file)})
+    summary = run(path)
+    root = path.parent / "run"
+    assert summary.path == root / "models" / "removed-0.30-healed"
+    assert stored_values(summary.path, summary.plan.choices) == summary.plan.kept_target_parameters
+    before, after = (load_file(root / "models" / name / "model.safetensors") for name in ("removed-0.30", summary.path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} <= {"weight", "dictionary"}
+    assert {name.rpartition(".")[0] for name in changed} == {
+        name for name, option in summary.plan.choices.items() if option.form != "dense"
+    }
+    (perplexity,) = summary.healed.perplexities.values()
+    assert perplexity < next(iter(summary.compressed.perplexities.values()))
+    assert not list((root / "healing").iterdir())
+
+    lines = len(logged(path))
+    assert run(path).healed == summary.healed
+    assert dict(logged(path)[lines:])["heal"] is True
+    assert all(skipped for _, skipped in logged(path)[lines:])
+
+    lines = len(logged(path))
+    run(path, "healing.train=lora")
+    assert {stage for stage, skipped in logged(path)[lines:] if not skipped} == {
+        "load model",
+        "heal",
+        "evaluate healed",
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_healing_of_other_families(write_config, text_file, family):
+    path = write_config(family, healing={**HEALING, "source": str(text_file)})
+    healed = run(path, stage=pipeline.heal_model)
+    before, after = (load_file(folder / "model.safetensors") for folder in (healed.with_name("removed-0.30"), healed))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_killed_healing_goes_on(write_config, text_file, monkeypatch):
+    path = write_config(healing={**HEALING, "source": str(text_file), "save_steps": 2})
+    steps: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingTrainer, "training_step", interrupted_after(5, steps))
+        with pytest.raises(KeyboardInterrupt):
+            run(path, stage=pipeline.heal_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingTrainer, "training_step", interrupted_after(100, steps))
+        assert run(path, stage=pipeline.heal_model).exists()
+    assert len(steps) == 5 + 4  # 8 steps, of which 4 were in a checkpoint
+
+
+def interrupted_after(count: int, steps: list[int]):
+    training_step = HealingTrainer.training_step
+
+    def step(self, *arguments):
+        if len(steps) == count:
+            raise KeyboardInterrupt
+        steps.append(self.state.global_step)
+        return training_step(self, *arguments)
+
+    return step
+
+
+def test_healing_that_was_not_asked_for(finished):
+    with pytest.raises(RocketError, match=r"no healing section; add one, or say for example --set healing.minutes=20"):
+        run(finished / "config.yaml", stage=pipeline.heal_model)
 
 
 @pytest.mark.parametrize("method", ["knapsack", "uniform"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
     BertConfig,
@@ -117,6 +118,8 @@ def test_image_encoder(write_config, tmp_path):
     assert 0.5 < compressed[0].value < 1.0
     assert compressed[0].low <= compressed[0].value <= compressed[0].high
     assert 0 <= compressed[1].value <= 1
+    with pytest.raises(RocketError, match="Dinov2Model predicts no classes, such as tokens; it cannot be healed"):
+        run(tmp_path / "config.yaml", f"healing.source={folder}", "healing.minutes=1")
     # what the original was like is lost: it is measured again, not taken for equal
     (summary.path.parents[1] / "evaluation/original.safetensors").unlink()
     (summary.path.parents[1] / "evaluation/removed-0.30.json").unlink()
@@ -149,13 +152,27 @@ def test_text_to_text(write_config, byte_tokenizer, text_file):
     (score,) = summary.compressed.scores[str(text_file)]
     assert score.name == "perplexity"
     assert 1 < score.value < 1e9
+    check_healing(summary, f"healing.source={text_file}", "healing.tokens=512", "healing.seq_len=32")
+
+
+def check_healing(summary, *limits: str) -> None:
+    """Heal in the run of ``summary``; values change, their number and what is measured of them do not."""
+    path = summary.path.parents[1] / "config.yaml"
+    healed = run(path, "healing.learning_rate=3e-3", *limits)
+    before, after = (load_file(folder / "model.safetensors") for folder in (summary.path, healed.path))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert stored_values(healed.path, summary.plan.choices) == summary.plan.kept_target_parameters
+    rows = measured_rows(healed.original, healed.compressed, healed.healed)
+    assert all(compressed != healed for _, _, compressed, healed in rows)
 
 
 def test_text_encoder(write_config, byte_tokenizer, text_file, caplog):
     torch.manual_seed(0)
     model = BertForMaskedLM(BertConfig(**WIDTHS, vocab_size=260, max_position_embeddings=32))
     path = write_config(model, byte_tokenizer, text_file, [], [])
-    assert run(path).plan.removed_ratio >= 0.3
+    summary = run(path)
+    assert summary.plan.removed_ratio >= 0.3
+    check_healing(summary, f"healing.source={text_file}", "healing.tokens=512", "healing.seq_len=32")
     with pytest.raises(RocketError, match=r"evaluation\.seq_len=64 exceeds the model's 32 positions"):
         run(path, f"evaluation.texts=[{text_file}]", "evaluation.seq_len=64")
 
@@ -184,6 +201,7 @@ def test_images_answered_by_text(write_config, byte_tokenizer, pictures):
     assert name == f"perplexity, {pictures}"
     assert float(before) > 1
     assert float(after) > 1
+    check_healing(summary, f"healing.source={pictures}", "healing.minutes=0.01")
 
 
 def test_sources_that_a_model_does_not_take(write_config, pictures, text_file):

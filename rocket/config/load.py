@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -88,7 +88,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *parents, leaf = key.strip().split(".")
     section = values
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:  # absent, or a section that is left out by null
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise RocketError(f"--set {override}: {parent} is not a section")
     if parents == ["compression"] and leaf in ("removed_ratio", "kept_parameters", "bytes"):
@@ -123,7 +125,9 @@ def _known_keys(path: tuple[str, ...]) -> list[str]:
     section: type[BaseModel] = Config
     for part in path:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kinds = get_args(annotation) or (annotation,)
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
             return []
-        section = annotation
+        (section,) = sections
     return list(section.model_fields)

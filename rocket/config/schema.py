@@ -240,6 +240,52 @@ class EvaluationConfig(Section):
     batch_size: Count = Field(4, description="Windows, or task requests, a forward pass.")
 
 
+class HealingConfig(Section):
+    """Fine-tuning of the compressed model with its sparsity kept.
+
+    ```yaml
+    healing:
+      objective: distillation
+      minutes: 20
+    ```
+    """
+
+    objective: Literal["distillation", "language_modelling"] = Field(
+        "distillation",
+        description="distillation: stay close to the predictions of the original, which is loaded as well. "
+        "language_modelling: the loss on the text.",
+    )
+    temperature: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="Divides both models' scores for distillation: above 1, unlikely predictions count for more."
+    )
+    train: Literal["values", "dictionary", "lora"] = Field(
+        "values",
+        description="What is trained: values (all stored values of compressed layers), dictionary (only those of "
+        "dictionaries), lora (a low-rank change of each sparse matrix at its kept places, added for good in the end).",
+    )
+    lora_rank: Count = Field(16, description="Rank of the change, for train=lora.")
+    source: str = Field("embedded", description="What to train on, as in calib.source; its calibration part is used.")
+    text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
+    seq_len: Annotated[int, Field(ge=8)] = Field(512, description="Tokens a window.")
+    tokens: BigCount | None = Field(None, description="Stop after so many tokens, e.g. 30e6; null: no such limit.")
+    minutes: Annotated[float, Field(gt=0.0)] | None = Field(None, description="Stop after so many minutes; null: none.")
+    batch_size: Count = Field(4, description="Windows or samples a forward pass, of each device.")
+    gradient_accumulation: Count = Field(1, description="Forward passes a step.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more time.")
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(2e-4, description="Of AdamW, at its highest.")
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.05, description="Share of the training in which the learning rate rises; then it falls evenly to 0."
+    )
+    save_steps: Count = Field(100, description="Steps from one checkpoint to the next; a killed run resumes there.")
+    seed: int = Field(2023, description="Of the order of windows or samples, and of the first change for lora.")
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> HealingConfig:
+        if self.tokens is None and self.minutes is None:
+            raise ValueError("give tokens or minutes, after which to stop")
+        return self
+
+
 class ReportingConfig(Section):
     """What a run tells beside its results.
 
@@ -279,6 +325,7 @@ class Config(Section):
     compression: CompressionConfig = Field(default_factory=lambda: CompressionConfig(removed_ratio=0.2))
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig())
     reporting: ReportingConfig = Field(default_factory=lambda: ReportingConfig())
+    healing: HealingConfig | None = Field(None, description="null: `rocket run` does not heal.")
 
     @model_validator(mode="after")
     def _loss_needs_sensitivity(self) -> Config:

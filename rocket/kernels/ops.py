@@ -1,8 +1,9 @@
 """Products with bitmap-packed matrices as torch ops (`torch.ops.rocket`): CPU, CUDA and, through torch, anywhere else.
 
-They are for inference and have no gradient; train through `bitmap.unpack`. x may have any number of leading dimensions.
-x, values, dictionary, weight and bias share one dtype and device; all but x must be contiguous. `offsets` is
-`bitmap.row_offsets(mask)`, which the caller keeps. NaN and infinity in x spread as they do in the dense product.
+They are for inference and have no gradient, but for `expand`, through which layers train. x may have any number of
+leading dimensions. x, values, dictionary, weight and bias share one dtype and device; all but x must be contiguous.
+`offsets` is `bitmap.row_offsets(mask)`, which the caller keeps. NaN and infinity in x spread as they do in the dense
+product.
 """
 
 import math
@@ -35,6 +36,7 @@ for _schema in (
     " -> Tensor",
     "dense_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     "expand(Tensor values, Tensor mask, Tensor offsets, int cols) -> Tensor",
+    "pick(Tensor dense, Tensor mask, int count) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -43,6 +45,7 @@ _sparse_linears = torch.ops.rocket.sparse_linears.default
 _factor_linear = torch.ops.rocket.factor_linear.default
 _dense_linear = torch.ops.rocket.dense_linear.default
 _expand = torch.ops.rocket.expand.default
+_pick = torch.ops.rocket.pick.default
 
 
 def sparse_linear(
@@ -95,7 +98,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int) -> Tensor:
-    """`bitmap.unpack` at memory speed, without a gradient: dense [out, cols]. Arguments as for `sparse_linear`."""
+    """`bitmap.unpack` at memory speed, differentiable in the values: dense [out, cols]. Arguments: `sparse_linear`."""
     result: Tensor = _expand(values, mask, offsets, cols)
     return result
 
@@ -155,6 +158,11 @@ def _dense_linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def _expand_torch(values: Tensor, mask: Tensor, offsets: Tensor, cols: int) -> Tensor:
     return bitmap.unpack(values, mask, cols)
+
+
+def _pick_torch(dense: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The values at the kept places; by their numbers, as picking by a bool matrix takes several times as long."""
+    return dense.flatten().index_select(0, bitmap.kept_places(mask, dense.shape[1]))
 
 
 # CPU, through the compiled kernels.
@@ -336,14 +344,33 @@ def _expand_fake(values: Tensor, mask: Tensor, offsets: Tensor, cols: int) -> Te
     return values.new_empty((mask.shape[0], cols))
 
 
+def _pick_fake(dense: Tensor, mask: Tensor, count: int) -> Tensor:
+    return dense.new_empty(count)
+
+
 for _name, _fake, _torch, _cpu, _cuda in (
     ("sparse_linear", _sparse_linear_fake, _sparse_linear_torch, _sparse_linear_cpu, _sparse_linear_cuda),
     ("sparse_linears", _sparse_linears_fake, _sparse_linears_torch, _sparse_linears_cpu, _sparse_linears_torch),
     ("factor_linear", _factor_linear_fake, _factor_linear_torch, _factor_linear_cpu, _factor_linear_cuda),
     ("dense_linear", _dense_linear_fake, _dense_linear_torch, _dense_linear_cpu, _dense_linear_torch),
     ("expand", _expand_fake, _expand_torch, _expand_cpu, _expand_cuda),
+    ("pick", _pick_fake, _pick_torch, _pick_torch, _pick_torch),
 ):
     _library.impl(_name, _torch, "CompositeExplicitAutograd")
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"rocket::{_name}", cast(Callable[..., Any], _fake), lib=_library)
+
+
+def _remember_mask(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    values, mask, *_ = inputs
+    ctx.save_for_backward(mask)
+    ctx.count = values.numel()
+
+
+def _expand_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    """Each value takes the gradient of the place where it lies."""
+    return _pick(gradient, ctx.saved_tensors[0], ctx.count), None, None, None
+
+
+torch.library.register_autograd("rocket::expand", _expand_backward, setup_context=_remember_mask, lib=_library)

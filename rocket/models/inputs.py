@@ -61,10 +61,11 @@ def takes_text_alone(model: nn.Module) -> bool:
     return "input_ids" in forward_arguments(model) and (not takes_media(model) or is_causal_lm(model))
 
 
-def run_forward(model: nn.Module, batch: Batch, scores: bool = True) -> Any:
+def run_forward(model: nn.Module, batch: Batch, scores: bool = True, through: nn.Module | None = None) -> Any:
     """The model's output for a batch, on its device and in its type, without a cache.
 
-    Without ``scores``, models that can leave out those of all tokens but the last do so.
+    Without ``scores``, models that can leave out those of all tokens but the last do so. ``through`` is what to call in
+    the model's place: what wraps it, for training on several devices.
 
     ``labels`` are passed on where the decoder's input is made from them, and nowhere else; ``attention_mask`` not to
     speech models that normalise over time (wav2vec2-base), which were trained without. What is no tensor is passed on.
@@ -79,7 +80,7 @@ def run_forward(model: nn.Module, batch: Batch, scores: bool = True) -> Any:
     if not scores and "logits_to_keep" in forward_arguments(model):
         arguments["logits_to_keep"] = 1
     with without_cache(model), _padding_token(model):
-        return model(**arguments)
+        return (through or model)(**arguments)
 
 
 def _like(parameter: Tensor, value: Any) -> Any:

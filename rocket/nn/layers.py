@@ -245,9 +245,10 @@ def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
 
 
 def _expand(values: Tensor, mask: Tensor, columns: int) -> Tensor:
-    """The dense matrix [out, columns]: by the kernels, or differentiably where a gradient is wanted."""
-    if torch.is_grad_enabled() and values.requires_grad:
-        return bitmap.unpack(values, mask, columns)
+    """The dense matrix [out, columns], differentiable in the values."""
+    device = values.device.type
+    if torch.is_autocast_enabled(device):  # which would round the whole matrix, zeros and all, at the product
+        values = values.to(torch.get_autocast_dtype(device))
     return ops.expand(values, mask, bitmap.row_offsets(mask), columns)
 
 

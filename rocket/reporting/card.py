@@ -87,7 +87,7 @@ def _quality(plan: Plan, original: Evaluation | None, compressed: Evaluation | N
     if original is None or compressed is None:
         lines.append("Not measured yet; `rocket evaluate` with the config below completes this card.")
     else:
-        rows = [(_plain(name), before, after) for name, before, after in measured_rows(original, compressed)]
+        rows = [(_plain(name), *values) for name, *values in measured_rows(original, compressed)]
         lines.append(_table(("", "original", "compressed"), rows) if rows else "Nothing was asked to be measured.")
     return "\n\n".join(lines)
 

@@ -53,7 +53,7 @@ def render_report(summary: Summary) -> str:
         plan=summary.plan,
         size=summary.plan.size,
         cost_unit=COSTS[summary.planner.profiling.cost],
-        rows=measured_rows(summary.original, summary.compressed),
+        rows=measured_rows(summary.original, *summary.smaller),
         increases=loss_increases(summary.original, summary.compressed),
         corrected=_corrected(summary),
         towers=towers,

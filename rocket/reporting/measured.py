@@ -7,25 +7,21 @@ import math
 from rocket.evaluation import Evaluation
 
 
-def measured_rows(original: Evaluation, compressed: Evaluation) -> list[tuple[str, str, str]]:
-    """Rows of what was evaluated: name, original, compressed."""
+def measured_rows(original: Evaluation, *smaller: Evaluation) -> list[tuple[str, ...]]:
+    """Rows of what was evaluated: its name, the original's value, those of the smaller models."""
+    all_of_them = (original, *smaller)
     rows = [
-        (f"perplexity, {text}", f"{value:.2f}", f"{compressed.perplexities[text]:.2f}")
-        for text, value in original.perplexities.items()
+        (f"perplexity, {text}", *(f"{evaluation.perplexities[text]:.2f}" for evaluation in all_of_them))
+        for text in original.perplexities
     ]
-    for source, compressed_scores in compressed.scores.items():
-        before = {score.name: str(score) for score in original.scores.get(source, ())}
-        after = {score.name: str(score) for score in compressed_scores}
-        rows += [(f"{name}, {source}", before.get(name, ""), after.get(name, "")) for name in {**before, **after}]
+    for source in dict.fromkeys(source for evaluation in smaller for source in evaluation.scores):
+        scores = [{score.name: str(score) for score in evaluation.scores.get(source, ())} for evaluation in all_of_them]
+        names = dict.fromkeys(name for values in scores for name in values)
+        rows += [(f"{name}, {source}", *(values.get(name, "") for values in scores)) for name in names]
     for task, result in original.accuracies.items():
-        other = compressed.accuracies[task]
-        rows.append(
-            (
-                f"{task} ({result['metric']}, {result['items']} items), %",
-                f"{100 * result['accuracy']:.1f} ± {100 * result['stderr']:.1f}",
-                f"{100 * other['accuracy']:.1f} ± {100 * other['stderr']:.1f}",
-            )
-        )
+        results = [evaluation.accuracies[task] for evaluation in all_of_them]
+        accuracies = (f"{100 * result['accuracy']:.1f} ± {100 * result['stderr']:.1f}" for result in results)
+        rows.append((f"{task} ({result['metric']}, {result['items']} items), %", *accuracies))
     return rows
 
 

@@ -29,8 +29,9 @@ class MeasuredSize:
 class Summary:
     """A finished run.
 
-    ``path`` is the checkpoint in the run directory. ``sizes`` is everything that was measured there in the same way and
-    by the same profiles, this run's own plan among them, by size. ``usages`` is what each stage took when it last ran.
+    ``path`` is the checkpoint in the run directory: the healed one, if the config heals. ``sizes`` is everything that
+    was measured there in the same way and by the same profiles, this run's own plan among them, by size. ``usages`` is
+    what each stage took when it last ran.
     """
 
     path: Path
@@ -39,8 +40,14 @@ class Summary:
     plan: Plan
     original: Evaluation
     compressed: Evaluation
+    healed: Evaluation | None
     sizes: Sequence[MeasuredSize]
     usages: Mapping[str, Usage]
+
+    @property
+    def smaller(self) -> list[Evaluation]:
+        """What was measured of the compressed model, and of the healed one if there is one."""
+        return [self.compressed, *([self.healed] if self.healed else [])]
 
     @property
     def run_directory(self) -> Path:

@@ -87,18 +87,21 @@ def entry_point(command: Callable[..., None]) -> Callable[[], None]:
 
 
 def show_summary(summary: Summary) -> None:
-    """The final table: original beside compressed, then what each stage took."""
+    """The final table: original, compressed and healed side by side, then what each stage took."""
     plan = summary.plan
     table = Table(
         title=f"{plan.budget.name}: {100 * plan.removed_ratio:.1f} % of the target layers' parameters removed"
     )
-    for column in ("", "original", "compressed"):
+    for column in ("", "original", "compressed", "healed")[: 2 + len(summary.smaller)]:
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("parameters", f"{plan.size.parameters:,}", f"{plan.parameters:,}")
-    table.add_row("  of the target layers", f"{plan.size.target_parameters:,}", f"{plan.kept_target_parameters:,}")
-    table.add_row("bytes of tensors", f"{plan.size.bytes:,}", f"{plan.bytes:,}")
-    for name, original, compressed in measured_rows(summary.original, summary.compressed):
-        table.add_row(name, original, compressed)
+    for name, before, after in (
+        ("parameters", plan.size.parameters, plan.parameters),
+        ("  of the target layers", plan.size.target_parameters, plan.kept_target_parameters),
+        ("bytes of tensors", plan.size.bytes, plan.bytes),
+    ):
+        table.add_row(name, f"{before:,}", *[f"{after:,}"] * len(summary.smaller))
+    for row in measured_rows(summary.original, *summary.smaller):
+        table.add_row(*row)
     console.print(table)
     console.print(
         f"bytes saved: {100 * plan.bytes_removed_ratio:.1f} % of the whole model (masks take 1 bit a position; "
@@ -110,6 +113,6 @@ def show_summary(summary: Summary) -> None:
     for stage, usage in summary.usages.items():
         stages.add_row(stage, f"{usage.seconds:.1f}", f"{usage.peak_mb:.0f}")
     console.print(stages)
-    console.print(f"compressed model: {summary.path}", soft_wrap=True)
+    console.print(f"{'healed' if summary.healed else 'compressed'} model: {summary.path}", soft_wrap=True)
     console.print(f"report:           {summary.report}", soft_wrap=True)
     console.print(f"run directory:    {summary.run_directory}", soft_wrap=True)

@@ -13,6 +13,7 @@ from rocket.scripts.cli import ConfigOption, SetOption, console, run
 from rocket.scripts.compress_model import compress
 from rocket.scripts.evaluate_model import evaluate
 from rocket.scripts.gather_activations import gather_activations
+from rocket.scripts.heal_model import heal
 from rocket.scripts.plan_view import show_curve, show_plan
 from rocket.scripts.profile_layers import profile_layers
 from rocket.scripts.run_full_pipeline import run_pipeline
@@ -95,6 +96,7 @@ main.command("gather")(gather_activations)
 main.command("profile")(profile_layers)
 main.command("plan")(plan)
 main.command("compress")(compress)
+main.command("heal")(heal)
 main.command("evaluate")(evaluate)
 main.command("report")(report)
 main.command("export")(export)

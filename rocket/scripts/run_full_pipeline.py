@@ -7,7 +7,10 @@ from rocket.scripts.cli import ConfigOption, SetOption, entry_point, run, show_s
 
 
 def run_pipeline(config: ConfigOption = None, set_: SetOption = None) -> None:
-    """Calibrate, profile, plan, compress, evaluate. Again: redoes nothing; another budget reuses profiles."""
+    """Calibrate, profile, plan, compress, heal if the config says so, evaluate.
+
+    Again: redoes nothing; another budget reuses profiles.
+    """
     show_summary(run(pipeline.run_pipeline, config, set_))
 
 

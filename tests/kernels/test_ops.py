@@ -291,3 +291,22 @@ def test_one_openmp_runtime() -> None:
     ops.dense_linear(torch.randn(1, 512), torch.randn(2048, 512))
     runtimes = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expand_is_differentiable_in_the_values(path, dtype):
+    keep, scale = torch.rand(5, 70) < 0.5, torch.randn(5, 70, dtype=dtype)
+    sparse = Sparse.of(torch.randn(5, 70, dtype=dtype), keep)
+    values = sparse.values.requires_grad_()
+    with forced(path):
+        (ops.expand(*sparse, 70) * scale).sum().backward()
+    assert torch.equal(values.grad, scale[keep])
+
+
+def test_gradient_of_expand_compiles():
+    keep, scale = torch.rand(5, 70) < 0.5, torch.randn(5, 70)
+    sparse = Sparse.of(torch.randn(5, 70), keep)
+    values = sparse.values.requires_grad_()
+    torch.compile(lambda values: (ops.expand(values, *sparse[1:], 70) * scale).sum())(values).backward()
+    assert torch.equal(values.grad, scale[keep])

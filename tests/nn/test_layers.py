@@ -80,6 +80,20 @@ def test_gradients_flow_to_stored_values_only(form):
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["sparse", "dictionary"])
+def test_autocast_multiplies_rounded_values(form):
+    """float32 values under bfloat16 autocast: the product of the layer in bfloat16, gradients in float32."""
+    layer = make_layer(form)
+    inputs = torch.randn(5, IN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(inputs)
+    assert torch.equal(output, make_layer(form, dtype=torch.bfloat16)(inputs))
+    output.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad.shape == (KEPT,)
+    assert layer.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("form", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_conversion_leaves_the_mask(form, dtype):

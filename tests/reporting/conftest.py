@@ -76,6 +76,7 @@ def invent() -> Callable[..., Summary]:
             plan,
             original,
             compressed,
+            None,
             [MeasuredSize(plan, AllocationConfig(), compressed)],
             {"compress": Usage(2.5, 100.0)},
         )

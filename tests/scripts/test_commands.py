@@ -12,16 +12,25 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rocket import pipeline
-from rocket.scripts import compress_model, evaluate_model, gather_activations, main, profile_layers, run_full_pipeline
+from rocket.scripts import (
+    compress_model,
+    evaluate_model,
+    gather_activations,
+    heal_model,
+    main,
+    profile_layers,
+    run_full_pipeline,
+)
 
 COMMANDS = {
     "rocket-gather-activations": gather_activations.main,
     "rocket-profile-layers": profile_layers.main,
     "rocket-compress": compress_model.main,
+    "rocket-heal": heal_model.main,
     "rocket-evaluate": evaluate_model.main,
     "rocket-run-pipeline": run_full_pipeline.main,
 }
-SUBCOMMANDS = ["run", "gather", "profile", "plan", "compress", "evaluate", "report", "export"]
+SUBCOMMANDS = ["run", "gather", "profile", "plan", "compress", "heal", "evaluate", "report", "export"]
 
 
 def invoke(app, *arguments: object):
@@ -42,6 +51,7 @@ def home(tmp_path_factory, make_model, byte_tokenizer, texts) -> Path:
         "profiling": {"removed_ratios": [0.3, 0.5], "rank_support_ratios": [1.5, 2.0], "forms": ["low_rank", "sparse"]},
         "compression": {"removed_ratio": 0.3},
         "evaluation": {"texts": [str(root / "texts.txt")], "seq_len": 32, "max_tokens": 64},
+        "healing": {"source": str(root / "texts.txt"), "seq_len": 32, "tokens": 256},
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     return root
@@ -65,7 +75,7 @@ def fails(home, tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_the_five_commands(command):
+def test_help_of_the_commands(command):
     result = invoke(COMMANDS[command], "--help")
     assert result.exit_code == 0
     assert "--config" in result.output
@@ -92,14 +102,24 @@ def test_all_commands_in_turn(home):
     """Each stage prints what it made; the last prints the table."""
     config = ("--config", home / "config.yaml")
     outputs = [invoke(app, *config) for app in COMMANDS.values()]
-    assert [result.exit_code for result in outputs] == [0] * 5, [result.output for result in outputs]
-    gathered, profiled, compressed, evaluated, table = (result.stdout for result in outputs)
+    assert [result.exit_code for result in outputs] == [0] * 6, [result.output for result in outputs]
+    gathered, profiled, compressed, healed, evaluated, table = (result.stdout for result in outputs)
     assert "14 layers with" in gathered
     assert "8 distinct inputs, 128 tokens" in gathered
     assert "14 layers, " in profiled
     assert str(home / "run" / "models" / "removed-0.30") in compressed
+    assert str(home / "run" / "models" / "removed-0.30-healed") in healed
     assert "perplexity" in evaluated
-    for row in ("original", "compressed", "parameters", "bytes of tensors", "perplexity", "peak memory MB", "stages"):
+    for row in (
+        "original",
+        "compressed",
+        "healed",
+        "parameters",
+        "bytes of tensors",
+        "perplexity",
+        "peak memory MB",
+        "stages",
+    ):
         assert row in table
 
     planned = invoke(main.main, "plan", *config)
@@ -148,6 +168,10 @@ def test_all_commands_in_turn(home):
         ("evaluation.seq_len=100000", "evaluation.seq_len=100000 exceeds the model's 128 positions"),
         ("evaluation.tasks=[piqqa]", "piqqa: no such task"),
         ("reporting.country=Germany", "reporting.country='Germany': String should match pattern '^[A-Z]{3}$'"),
+        ("healing.tokens=null", "healing: give tokens or minutes, after which to stop"),
+        ("healing.source=nowhere.txt", "'nowhere.txt': no such source or file"),
+        ("healing.seq_len=1000", "healing.seq_len=1000 exceeds the model's 128 positions"),
+        ("healing.objectives=x", "unknown key 'healing.objectives': did you mean 'objective'?"),
     ],
 )
 def test_bad_settings(fails, override, message):

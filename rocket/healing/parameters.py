@@ -1,0 +1,112 @@
+"""Which tensors of a compressed model healing changes, and how they come to be stored as before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rocket.config.errors import RocketError
+from rocket.config.schema import HealingConfig
+from rocket.kernels import bitmap
+from rocket.nn import CompressedLinear
+
+
+class MaskedLowRank(nn.Module):
+    """The stored values of a matrix plus those of a low-rank change up · down at the same places.
+
+    Only the places that are kept enter the product, so what is trained is what can be stored, and nothing is lost when
+    the change is added for good (as MaskLoRA of Zimmer et al. 2023, arXiv 2312.15230).
+    """
+
+    down: nn.Parameter
+    up: nn.Parameter
+    mask: Tensor | None
+
+    def __init__(self, layer: CompressedLinear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = layer.get_parameter("weight")
+        packed = "mask" in layer.tensors
+        columns = layer.mask_columns if packed else weight.shape[1]
+        rank = min(rank, columns, layer.out_features)
+        down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank, device=weight.device))
+        self.register_buffer("mask", layer.get_buffer("mask") if packed else None, persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            change = self.up @ self.down
+            if self.mask is not None:
+                change = change.flatten().index_select(0, bitmap.kept_places(self.mask, change.shape[1]))
+            return (values.float() + change).to(values.dtype)
+
+
+def choose_parameters(model: nn.Module, config: HealingConfig) -> list[str]:
+    """Freeze all of a model but what ``config.train`` names, which becomes float32; the names of that.
+
+    bfloat16 has 8 bits: a value does not move by steps of less than 1/512 of it, and healing's are smaller. Raises
+    RocketError if the model has nothing of the kind.
+    """
+    model.requires_grad_(False)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen: list[nn.Parameter] = []
+    for layer in layers.values():
+        if config.train == "lora":
+            parametrize.register_parametrization(layer, "weight", MaskedLowRank(layer, config.lora_rank, generator))
+            (change,) = layer.parametrizations["weight"]  # type: ignore[index]
+            chosen += change.parameters()
+        else:
+            names = {"weight", "dictionary"} if config.train == "values" else {"dictionary"}
+            chosen += [parameter for name, parameter in layer.named_parameters() if name in names]
+    if not chosen:
+        raise RocketError(f"healing.train={config.train}: no layer of this model has one; use values")
+    for parameter in chosen:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def settle_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make a healed model one like those that are opened: low-rank changes added, values in the model's type."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
+    model.requires_grad_(True)
+
+
+def check_unchanged(before: Path, after: Path) -> None:
+    """Raise RocketError unless two checkpoints store as many values of each tensor, at the same places."""
+    old, new = _shapes(before), _shapes(after)
+    if old != new:
+        name = next(iter(sorted(old.items() ^ new.items())))[0]
+        raise RocketError(f"{after}: healing changed how {name} is stored; this is a defect, please report it")
+    masks = dict(_masks(before))
+    for name, mask in _masks(after):
+        if not torch.equal(mask, masks[name]):
+            raise RocketError(f"{after}: healing changed {name}; this is a defect, please report it")
+
+
+def _shapes(directory: Path) -> Mapping[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            shapes |= {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _masks(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 (no mapping)
+                if key.endswith(".mask"):
+                    yield key, handle.get_tensor(key)

@@ -417,8 +417,12 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     The original comes first, while it is in memory for the stages before.
     """
     original, kept = _evaluate_original(session)
-    path = compress_model(session)
-    return original, _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, kept)
+    path, plan = compress_model(session), make_plan(session)
+    compressed = _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, kept)
+    if session.leads:
+        card = model_card(path, session.config, plan, original, compressed)
+        session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
+    return original, compressed
 
 
 def evaluate_healed(session: Session) -> Evaluation | None:

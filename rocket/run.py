@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -134,7 +135,11 @@ class RunDirectory:
     def _check_files(self) -> None:
         for folder, folders, files in os.walk(self.path):
             for entry in (Path(folder, name) for name in (*folders, *files)):
-                if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                try:
+                    mode = entry.lstat().st_mode
+                except FileNotFoundError:  # another process of this run has renamed it
+                    continue
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     raise RocketError(
                         f"{entry} is a link or no plain file; rocket follows none in output_dir: remove it"
                     )
@@ -212,7 +217,7 @@ class RunDirectory:
 
     def has_tensors(self, name: str, expected: str) -> bool:
         """Whether a safetensors artifact with the fingerprint is there; its tensors are not looked at."""
-        path = self.path / name
+        path = self._inside(name)
         try:
             with safe_open(path, framework="pt") as file:
                 return (file.metadata() or {}).get("fingerprint") == expected
@@ -221,7 +226,7 @@ class RunDirectory:
 
     def remove(self, name: str) -> None:
         """Remove a file or folder of the run directory, if it is there."""
-        path = self.path / name
+        path = self._inside(name)
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -234,6 +234,8 @@ def test_names_that_lead_outside(run, name):
         lambda: run.write_text(name, "text"),
         lambda: run.has_directory(name, MADE),
         lambda: run.has_file(name),
+        lambda: run.has_tensors(name, MADE),
+        lambda: run.remove(name),
     ):
         with pytest.raises(RocketError, match="is no name of an artifact"):
             use()
@@ -271,6 +273,14 @@ def test_pipes_do_not_stop_it(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(RocketError, match="is a link or no plain file"):
         RunDirectory(tmp_path, IDENTITY)
+
+
+def test_files_that_come_and_go(tmp_path, monkeypatch):
+    """Another process of the same run may rename a file between its name's being read and its being looked at."""
+    RunDirectory(tmp_path, IDENTITY).close()
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda path: [(f, d, [*files, ".gone.tmp"]) for f, d, files in walk(path)])
+    RunDirectory(tmp_path, IDENTITY).close()
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "9" * 10_000, '{"content": {"a": ' + "[" * 900 + "]" * 900 + "}}"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rocket.allocation import Plan
 from rocket.calib import Calibration
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
 from rocket.models import ExpertLinears, LinearLayer, features_of, unstack_experts, weight_of
@@ -54,7 +54,10 @@ def compress(
             assert calibration is not None
             problem = calibration.problem(name, weight_of(linear), plan.profiling)
             tensors = build_tensors(name, linear, problem, option, plan)
-        layer = make_layer(linear, tensors, option, plan.input_groups[name])
+        try:
+            layer = make_layer(linear, tensors, option, plan.input_groups[name])
+        except RuntimeError as error:
+            raise RocketError(f"{name}: its tensors are not those of the plan ({first_line(error)})") from error
         specs[name] = layer.spec
         replace_module(model, name, layer)
     attach_quantizer(model, specs)

@@ -127,3 +127,10 @@ def test_plan_and_model_that_do_not_belong_together(planned, plan, change, messa
 def test_a_compressed_model_is_not_compressed_again(planned, plan):
     with pytest.raises(RocketError, match=r"which is a .* here, not a linear layer"):
         rocket.compress(rocket.compress(planned.model, plan), plan)
+
+
+def test_built_tensors_of_another_plan(planned, plan):
+    built = {name: {"weight": torch.ones(3)} for name in plan.choices}
+    with pytest.raises(RocketError, match=r"model\.layers\.0\..*: its tensors are not those of the plan \(") as error:
+        rocket.compress(planned.model, plan, built=built)
+    assert "\n" not in str(error.value)

@@ -265,7 +265,8 @@ class RunDirectory:
             raise RocketError(f"{path} is truncated or was edited; delete {directory}")
         if manifest.get("fingerprint") != expected:
             return False
-        there = {str(file.relative_to(directory)): file for file in _files(directory) if file != path}
+        unchecked = {path, directory / UNCHECKED, directory / f".{UNCHECKED}.tmp"}
+        there = {str(file.relative_to(directory)): file for file in _files(directory) if file not in unchecked}
         for file in sorted(there.keys() | files.keys()):
             if file not in files:
                 raise RocketError(f"{there[file]} was added; delete {directory}")

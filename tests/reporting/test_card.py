@@ -94,7 +94,7 @@ def test_other_costs_predict_no_loss(checkpoint, invent):
 def test_hostile_names(checkpoint, invent):
     name = "a|b`<img src=x onerror=alert(1)>\n---\nbase_model: evil"
     evaluation = Evaluation({name: 2.0}, {})
-    summary = invent([f"m.0.{name}"], model=name)
+    summary = invent([f"m.0.{name}"], model=name.replace("\n", " "))  # the config takes no line breaks
     plan = replace(summary.plan, input_groups={})
     card = model_card(checkpoint, summary.config, plan, evaluation, evaluation)
     prose = re.sub(r"```.*?```", "", card, flags=re.DOTALL)

@@ -30,11 +30,11 @@ from rocket.config import load_config
 from rocket.data import load_documents
 from rocket.evaluation import perplexity
 from rocket.healing import Healing, fit, read_summary
-from rocket.material import healing_examples
 from rocket.models import open_checkpoint
 from rocket.models.inputs import tokenizer_of
 from rocket.pipeline import compress_model, heal_model, make_plan
 from rocket.session import Session
+from rocket.stages.material import healing_examples
 
 CONFIG = Path(__file__).parents[1] / "rocket" / "config" / "default.yaml"
 Losses = dict[str, float]

@@ -18,6 +18,7 @@ from rocket.healing.trainer import HealingTrainer
 from rocket.nn import CompressedLinear
 from rocket.pipeline import run_pipeline
 from rocket.session import Session
+from rocket.stages import compress, evaluate, profile
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_a_change_redoes_what_depends_on_it(write_config, override, redone):
 def count_profiled(monkeypatch, stop_after: int | None = None) -> list[str]:
     """Records which layers are profiled; interrupts before one more than ``stop_after``."""
     profiled: list[str] = []
-    profile_layer = pipeline.profile_layer
+    profile_layer = profile.profile_layer
 
     def counting(layer: str, *arguments):
         if len(profiled) == stop_after:
@@ -150,7 +151,7 @@ def count_profiled(monkeypatch, stop_after: int | None = None) -> list[str]:
         profiled.append(layer)
         return profile_layer(layer, *arguments)
 
-    monkeypatch.setattr(pipeline, "profile_layer", counting)
+    monkeypatch.setattr(profile, "profile_layer", counting)
     return profiled
 
 
@@ -177,7 +178,7 @@ def test_killed_while_profiling(write_config, monkeypatch):
 def test_killed_while_building(write_config, monkeypatch):
     path = write_config()
     built = []
-    build = pipeline.build_tensors
+    build = compress.build_tensors
 
     def counting(*arguments):
         built.append(arguments)
@@ -186,7 +187,7 @@ def test_killed_while_building(write_config, monkeypatch):
         return build(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "build_tensors", counting)
+        patch.setattr(compress, "build_tensors", counting)
         with pytest.raises(KeyboardInterrupt):
             run(path)
         assert run(path).path.exists()
@@ -202,7 +203,7 @@ def test_killed_while_saving(write_config, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save_checkpoint", interrupted)
+        patch.setattr(compress, "save_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(path)
     assert not (path.parent / "run" / "models" / "removed-0.30").exists()
@@ -240,7 +241,7 @@ def test_killed_between_the_evaluation_and_the_card(write_config, monkeypatch, m
     publish = run_module._publish
     with monkeypatch.context() as patch:
         if moment == "before the card":
-            patch.setattr(pipeline, "model_card", interrupted)
+            patch.setattr(evaluate, "model_card", interrupted)
         else:
             patch.setattr(run_module, "_publish", interrupted_at_the_card)
         with pytest.raises(KeyboardInterrupt):

@@ -87,16 +87,16 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(alone, write_con
     script = tmp_path / "die.py"
     script.write_text(
         "import os, signal, sys\n"
-        "import rocket.pipeline as pipeline\n"
+        "from rocket.stages import profile as stage\n"
         "from rocket.scripts.main import main\n"
-        "profile = pipeline.profile_layer\n"
+        "profile = stage.profile_layer\n"
         "done = []\n"
         "def dying(*args):\n"
         "    done.append(1)\n"
         "    if len(done) == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return profile(*args)\n"
-        "pipeline.profile_layer = dying\n"
+        "stage.profile_layer = dying\n"
         "main()\n"
     )
     first = torchrun(2, str(script), "run", "--config", str(config))

@@ -1,0 +1,110 @@
+"""The compressed checkpoint, in models/BUDGET/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rocket.allocation import Plan
+from rocket.compression import (
+    build_tensors,
+    compress,
+    compressed_layers,
+    linear_layer,
+    merge,
+    save_checkpoint,
+    stored_values,
+)
+from rocket.config import RocketError
+from rocket.models import open_checkpoint, release_pages
+from rocket.reporting.card import model_card
+from rocket.run import UNCHECKED, RunDirectory, fingerprint, track
+from rocket.session import Session
+from rocket.stages.profile import make_plan, work_of
+
+
+def compress_model(session: Session) -> Path:
+    """The compressed checkpoint, reopened and compared before it takes its name. Writes models/BUDGET/."""
+    plan = make_plan(session)
+    path = session.run.path / session.checkpoint
+    if session.agree(session.run.has_directory(session.checkpoint, session.plan_fingerprint)):
+        session.skip("compress")
+        return path
+    with session.stage("compress"):
+        built = _build_layers(session, plan)
+        if session.leads:
+            model, processor = session.loaded
+            compressed = compress(model, plan, inplace=True, built=built)
+            session.release_model()
+            with session.run.new_directory(session.checkpoint, session.plan_fingerprint) as directory:
+                save_checkpoint(compressed, processor, directory)
+                stored = stored_values(directory, plan.choices)
+                if stored != plan.kept_target_parameters:
+                    raise RocketError(
+                        f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}"
+                    )
+                (directory / UNCHECKED).write_text(model_card(directory, session.config, plan), encoding="utf-8")
+            session.run.remove(_BUILT)
+    session.wait()
+    return path
+
+
+_BUILT = "layers"
+
+
+def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Tensor]]:
+    """The tensors of every compressed layer. Writes layers/, which is kept until the checkpoint is complete.
+
+    One file a layer, so that a killed run loses the layer in work, and several processes can share the work.
+    """
+    run, expected, calibration = session.run, session.plan_fingerprint, plan.calibration
+    assert calibration is not None
+    chosen = compressed_layers(plan)
+    layers = {name: linear_layer(session.model, name) for name in chosen}
+    missing = session.agree([name for name in chosen if not run.has_tensors(_built_file(name), expected)])
+    for name in track(session.my_share({name: work_of(layers[name]) for name in missing}), "build layers"):
+        problem = calibration.problem(name, session.weight(name), plan.profiling)
+        run.write_tensors(_built_file(name), expected, build_tensors(name, layers[name], problem, chosen[name], plan))
+    session.wait()
+    return BuiltLayers(run, expected, list(chosen))
+
+
+def _built_file(name: str) -> str:
+    return f"{_BUILT}/{name}.safetensors"
+
+
+class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
+    """The tensors of layers in the run directory, mapped into memory when asked for."""
+
+    def __init__(self, run: RunDirectory, expected: str, names: Sequence[str]) -> None:
+        self._run, self._expected, self._names = run, expected, names
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        tensors = self._run.read_tensors(_built_file(name), self._expected)
+        if tensors is None:
+            raise RocketError(f"{self._run.path / _built_file(name)} is missing; run again")
+        release_pages(tensors.values())
+        return tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def export_dense(session: Session) -> Path:
+    """The compressed model multiplied out into plain weights, for engines that know nothing of rocket."""
+    path = compress_model(session)
+    name = f"{session.checkpoint}-dense"
+    expected = fingerprint(dense=session.plan_fingerprint)
+    if session.run.has_directory(name, expected):
+        session.skip("export dense")
+        return session.run.path / name
+    with session.stage("export dense"), session.run.new_directory(name, expected) as directory:
+        model, processor = open_checkpoint(path, session.config.model)
+        merge(model, inplace=True).save_pretrained(directory)
+        processor.save_pretrained(directory)
+    return session.run.path / name

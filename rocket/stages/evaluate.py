@@ -1,0 +1,121 @@
+"""What was measured of the models, in evaluation/."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from rocket.allocation import ALLOCATORS, Budget, Plan
+from rocket.config import RocketError
+from rocket.config.records import read_record
+from rocket.config.schema import AllocationConfig
+from rocket.evaluation import Evaluation, evaluate
+from rocket.models import open_checkpoint, remedy_of_nan
+from rocket.reporting.card import model_card
+from rocket.reporting.summary import MeasuredSize
+from rocket.run import UNCHECKED, fingerprint
+from rocket.session import Session
+from rocket.stages.compress import compress_model
+from rocket.stages.heal import heal_model
+from rocket.stages.material import (
+    check_sources,
+)
+from rocket.stages.profile import make_plan
+
+
+def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
+    """The original and the compressed model, measured by what fits them. Writes evaluation/*.json, and the model card.
+
+    The original comes first, while it is in memory for the stages before.
+    """
+    original, kept = _evaluate_original(session)
+    path, plan = compress_model(session), make_plan(session)
+    compressed = _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, kept)
+    if session.leads:
+        card = model_card(path, session.config, plan, original, compressed)
+        session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
+    return original, compressed
+
+
+def evaluate_healed(session: Session) -> Evaluation | None:
+    """The healed model, measured as the others are; None if the config does not heal. Writes evaluation/*.json."""
+    if session.config.healing is None:
+        return None
+    _, kept = _evaluate_original(session)
+    path = heal_model(session)
+    return _evaluate_smaller(session, "healed", path, session.healing_fingerprint, kept)
+
+
+def _evaluate_smaller(session: Session, name: str, path: Path, subject: str, kept: Mapping[str, Tensor]) -> Evaluation:
+    session.release_model()
+    stored = _stored_evaluation(session, path.name, subject)
+    if stored is not None:
+        session.skip(f"evaluate {path.name}")
+    elif session.leads:
+        model, processor = open_checkpoint(path, session.config.model, session.streams, session.states)
+        with session.stage(f"evaluate {name}"):
+            stored, _ = evaluate(session.config.evaluation, model, processor, kept)
+        expected = session.evaluation_fingerprint(subject)
+        session.run.write_json(f"evaluation/{path.name}.json", expected, asdict(stored))
+    agreed = session.agree(stored)
+    assert agreed is not None
+    return agreed
+
+
+_KEPT = "evaluation/original.safetensors"
+
+
+def _original(session: Session) -> str:
+    return fingerprint(model=session.model_identity, dtype=session.config.model.dtype)
+
+
+def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]:
+    """What is measured of it, and what metrics keep to compare the compressed model with."""
+    expected = session.evaluation_fingerprint(_original(session))
+    stored = _stored_evaluation(session, "original", _original(session))
+    kept = session.run.read_tensors(_KEPT, expected) or {}
+    if stored is not None and set(stored.kept) <= kept.keys():
+        session.skip("evaluate original")
+    elif session.leads:
+        model, processor = session.loaded
+        check_sources(session)
+        with session.stage("evaluate original"):
+            stored, kept = evaluate(session.config.evaluation, model, processor)
+        for text, perplexity in stored.perplexities.items():
+            if math.isnan(perplexity):
+                raise RocketError(f"the original's perplexity on {text} is not a number; {remedy_of_nan(model)}")
+        if kept:
+            session.run.write_tensors(_KEPT, expected, kept)
+        session.run.write_json("evaluation/original.json", expected, asdict(stored))
+    agreed = session.agree(stored)
+    assert agreed is not None
+    return agreed, kept
+
+
+def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation | None:
+    content = session.run.read_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject))
+    if content is None:
+        return None
+    return read_record(Evaluation, content, session.run.path / f"evaluation/{name}.json")
+
+
+def measured_sizes(session: Session) -> list[MeasuredSize]:
+    """Plans in the run directory that were evaluated as the config says, whichever allocator made them, by size."""
+    allocations = [AllocationConfig(method=method, error_cap=cap) for method in ALLOCATORS for cap in (False, True)]
+    found = []
+    for file in (session.run.path / "plans").glob("*.json"):
+        name = f"plans/{file.name}"
+        content = session.run.read_json(name, None) or {}
+        if "budget" not in content:
+            continue
+        budget = Budget(**content["budget"])
+        for allocation in allocations:
+            expected = session.plan_fingerprint_of(budget, allocation)
+            evaluation = _stored_evaluation(session, budget.name, expected)
+            if evaluation is not None and session.run.read_json(name, expected) is not None:
+                found.append(MeasuredSize(Plan.from_dict(content), allocation, evaluation))
+    return sorted(found, key=lambda size: size.plan.removed_ratio)

@@ -1,0 +1,40 @@
+"""The healed checkpoint, in models/BUDGET-healed/."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rocket.config import RocketError
+from rocket.session import Session
+from rocket.stages.compress import compress_model
+from rocket.stages.material import (
+    healing_examples,
+)
+
+
+def heal_model(session: Session) -> Path:
+    """The compressed model, fine-tuned with its sparsity kept, as the config's healing section says.
+
+    Writes models/BUDGET-healed/, and healing/BUDGET/ while it is at work: a killed run goes on from there. Costs what
+    ``healing.tokens`` or ``healing.minutes`` allow; memory: `rocket.healing.heal`.
+    """
+    from rocket.healing import heal  # here, as the Trainer takes seconds to import
+
+    config, run = session.config, session.run
+    if config.healing is None:
+        raise RocketError("the config has no healing section; add one, or say for example --set healing.minutes=20")
+    compressed, healed = compress_model(session), run.path / session.healed_checkpoint
+    if session.agree(run.has_directory(session.healed_checkpoint, session.healing_fingerprint)):
+        session.skip("heal")
+        return healed
+    examples = healing_examples(session, config.healing)
+    session.release_model()
+    if session.leads:
+        scratch = run.path / "healing" / session.budget.name
+        expected = session.healing_fingerprint
+        with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
+            heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
+        shutil.rmtree(scratch)
+    session.wait()
+    return healed

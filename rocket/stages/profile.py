@@ -1,0 +1,150 @@
+"""Profiles, prices and plans, in profiles/ and plans/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rocket.allocation import MAX_POINTS, MeasuredPoint, Plan, Planner
+from rocket.calib import (
+    Calibration,
+)
+from rocket.compression import (
+    compress,
+)
+from rocket.config import RocketError
+from rocket.config.records import read_record
+from rocket.evaluation import window_losses_of
+from rocket.models import LinearLayer, features_of, is_causal_lm
+from rocket.profiling import LayerProfile, profile_layer
+from rocket.run import fingerprint, track
+from rocket.session import Session
+from rocket.stages.gather import gather_activations
+from rocket.stages.material import (
+    calibrates_on_samples,
+    calibration_tokens,
+)
+
+MEASURING_WINDOWS = 32
+
+
+def work_of(layer: LinearLayer) -> float:
+    """About the time that a layer takes to profile or build, in units that all layers share."""
+    out_features, in_features = features_of(layer)
+    smaller = min(out_features, in_features)
+    return float(in_features) * in_features * (in_features + out_features) + 10.0 * smaller**3
+
+
+def profile_layers(session: Session) -> Planner:
+    """The options of every layer with size and cost. Writes one file a layer; a killed run loses the layer in work."""
+    calibration, size = gather_activations(session)
+    unknown = profile_share(session, calibration)
+    if unknown:
+        raise RocketError(
+            f"{unknown[0]} and {len(unknown) - 1} other layers are not profiled yet; run all shards first"
+        )
+    contents = _stored_profiles(session, calibration)
+    profiles = [LayerProfile.from_dict(content, name) for name, content in contents.items() if content is not None]
+    planner = Planner(profiles, size, session.config.profiling, session.config.allocation, calibration)
+    return replace(planner, measured=_stored_prices(session))
+
+
+def profile_share(session: Session, calibration: Calibration) -> list[str]:
+    """Profile this process's share of the layers; returns those that are not profiled then, as others have them."""
+    stored = _stored_profiles(session, calibration)
+    missing = session.agree([name for name, content in stored.items() if content is None])
+    if not missing:
+        session.skip("profile layers")
+        return []
+    layers, settings = session.layers, session.config.profiling
+    strangers = [name for name in missing if name not in layers]
+    if strangers:
+        raise RocketError(
+            f"calibration/index.json names {strangers[0]:.200}, which is no target layer of this model; delete "
+            "calibration/ and run again"
+        )
+    with session.stage("profile layers"):
+        # Shards are parts of the whole, whichever of them are done; processes that talk share what is left.
+        mine = session.my_share({name: work_of(layers[name]) for name in (stored if session.shard else missing)})
+        for name in track([name for name in mine if name in missing], "profile layers"):
+            problem = calibration.problem(name, session.weight(name), settings)
+            profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
+            session.run.write_json(_profile_file(name), session.profile_fingerprint, profile.to_dict())
+        session.wait()
+    return [name for name, content in _stored_profiles(session, calibration).items() if content is None]
+
+
+def _stored_profiles(session: Session, calibration: Calibration) -> dict[str, dict[str, Any] | None]:
+    read, expected = session.run.read_json, session.profile_fingerprint
+    return {name: read(_profile_file(name), expected) for name in calibration.inputs}
+
+
+def _profile_file(name: str) -> str:
+    return f"profiles/{name}.json"
+
+
+def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner:
+    """Measure what plans of at most two sizes really cost, and let them correct the prediction of all others.
+
+    Each plan is built in memory; its loss, less the original's, is taken on windows of the calibration split that
+    calibration did not use, never on text that evaluation reads. Writes plans/measured.json.
+    """
+    planner = profile_layers(session)
+    if planner.profiling.cost != "loss":
+        raise RocketError(f"only predicted losses can be measured; profiling.cost is {planner.profiling.cost!r}")
+    if len(removed_ratios) > MAX_POINTS:
+        raise RocketError(f"at most {MAX_POINTS} sizes can be measured, got {len(removed_ratios)}")
+    plans = [planner.at(removed_ratio=ratio) for ratio in removed_ratios]
+    if {plan.removed_ratio for plan in plans} <= {point.removed_ratio for point in planner.measured}:
+        session.skip("measure prices")
+        return planner
+    model = session.model
+    if not is_causal_lm(model) or calibrates_on_samples(session):
+        raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
+    measured: list[MeasuredPoint] = []
+    if session.leads:
+        measured = _measure(session, plans)
+        session.run.write_json("plans/measured.json", _prices_fingerprint(session), {"points": measured})
+    return replace(planner, measured=session.agree(measured))
+
+
+def _measure(session: Session, plans: Sequence[Plan]) -> list[MeasuredPoint]:
+    with session.stage("measure prices"):
+        windows = calibration_tokens(session, spare=MEASURING_WINDOWS)[session.config.calib.num_samples :]
+        if not len(windows):
+            raise RocketError("calibration used all its text; add text or lower calib.num_samples to measure prices")
+        batches = windows.split(session.config.calib.batch_size)
+        original = float(window_losses_of(session.model, batches).mean())
+        measured = []
+        for plan in plans:
+            loss = float(window_losses_of(compress(session.model, plan), batches).mean())
+            measured.append(MeasuredPoint(plan.removed_ratio, plan.cost, loss - original))
+    return measured
+
+
+def _stored_prices(session: Session) -> list[MeasuredPoint]:
+    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session))
+    if content is None:
+        return []
+    points = read_record(dict[str, list[tuple[float, float, float]]], content, session.run.path / "plans/measured.json")
+    return [MeasuredPoint(*values) for values in points.get("points", [])]
+
+
+def _prices_fingerprint(session: Session) -> str:
+    return fingerprint(profiles=session.profile_fingerprint, allocation=session.config.allocation.model_dump())
+
+
+def make_plan(session: Session) -> Plan:
+    """The best option for every layer within the budget. Writes plans/BUDGET.json. Seconds."""
+    planner = profile_layers(session)
+    name = f"plans/{session.budget.name}.json"
+    stored = session.run.read_json(name, session.plan_fingerprint)
+    if stored is not None:
+        session.skip("plan")
+        return Plan.from_dict(stored, planner.calibration)
+    with session.stage("plan"):
+        plan = planner.within(session.budget)
+    if session.leads:
+        session.run.write_json(name, session.plan_fingerprint, plan.to_dict())
+    return plan

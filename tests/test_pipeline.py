@@ -257,6 +257,19 @@ def test_killed_between_the_evaluation_and_the_card(write_config, monkeypatch, m
     assert not list(card.parent.glob(".*"))
 
 
+def test_energy_is_taken_where_wanted_and_redoes_nothing(write_config):
+    pytest.importorskip("codecarbon", reason="pip install codecarbon")
+    path = write_config()
+    assert all(usage.energy_kwh is None for usage in run(path).usages.values())
+    before = artifacts(path)
+    run(path, "reporting.energy=true", "reporting.country=FRA")
+    assert artifacts(path) == before
+    usages = run(path, "reporting.energy=true", "reporting.country=FRA", "compression.removed_ratio=0.5").usages
+    taken = {stage for stage, usage in usages.items() if usage.energy_kwh is not None}
+    assert taken == {"plan", "load model", "compress", "evaluate compressed"}
+    assert all(usages[stage].energy_kwh > usages[stage].co2_kg > 0 for stage in taken)
+
+
 def test_report_shows_all_sizes_of_the_directory(write_config):
     path = write_config()
     assert [size.plan.budget.name for size in run(path).sizes] == ["removed-0.30"]

@@ -122,7 +122,7 @@ class LayerProblem:
         """
         if self.cost == "weight":
             target = self.weight.double().T
-        elif self.tempered is self:
+        elif self.tempered is self or "whitening" in vars(self):
             target = self.target
         else:  # nothing is fitted to this problem itself: its root is not needed again
             target = self._whitened(whiten(self.gram))

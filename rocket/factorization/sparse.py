@@ -72,7 +72,7 @@ def scale_problem(problem: LayerProblem) -> ScaledProblem:
     """
     diagonal = problem.gram.diagonal().double()
     columns = (diagonal + DAMPING * float(diagonal.mean()) + torch.finfo(torch.float32).tiny).sqrt()
-    correlations = torch.empty_like(problem.gram, dtype=torch.float32)
+    correlations = torch.empty_like(problem.gram, dtype=torch.float32, memory_format=torch.contiguous_format)
     for rows, scaled in zip(problem.gram.split(ROWS_AT_ONCE), correlations.split(ROWS_AT_ONCE), strict=True):
         start = scaled.storage_offset() // len(correlations)
         scaled.copy_(rows.double() / columns[start : start + len(rows), None] / columns)

@@ -43,7 +43,8 @@ class EnergyMeter:
             ) from None
         if config.country is not None and config.country not in DataSource().get_global_energy_mix_data():
             raise RocketError(f"reporting.country={config.country!r}: codecarbon knows no such country; write null")
-        self._tracker().get_detected_hardware()  # takes seconds the first time, which no stage is to be charged for
+        with self.measure(Usage()):  # the first time takes seconds, to find the hardware: no stage is charged for them
+            pass
 
     @contextmanager
     def measure(self, usage: Usage) -> Iterator[None]:

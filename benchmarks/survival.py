@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from benchmarks import tiny
 from benchmarks.harness import write_results
@@ -39,6 +40,7 @@ PATIENCE = 600.0
 def start(config: Path, output: Path) -> int:
     """Start `rocket run` on a config in a new process; its number."""
     sys.stdout.flush()
+    transformers_logging.disable_progress_bar()  # a bar takes a lock that all processes share; one that is killed keeps it
     process = os.fork()
     if process:
         return process

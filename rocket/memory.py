@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,16 @@ from torch import nn
 from transformers import AutoConfig
 
 from rocket.config import Config, RocketError
-from rocket.models import LinearLayer, auto_class, block_of, features_of, find_blocks, resolve_device, target_layers
+from rocket.models import (
+    LinearLayer,
+    auto_class,
+    block_of,
+    features_of,
+    find_blocks,
+    resolve_device,
+    stacked_experts,
+    target_layers,
+)
 from rocket.models.load import locate
 
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
@@ -27,6 +37,10 @@ SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
 TEXT_BYTES = 500_000_000  # a text being tokenised
 UNITS = 1e9
+CGROUPS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,12 @@ def estimate_memory(config: Config) -> Memory | None:
             location.source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
         )
         with torch.device("meta"):
-            model = auto_class(architecture).from_config(architecture, dtype=getattr(torch, config.model.dtype))
+            trust = {"trust_remote_code": True} if config.model.trust_remote_code else {}
+            kind, dtype = auto_class(architecture), getattr(torch, config.model.dtype)
+            if hasattr(kind, "from_config"):
+                model = kind.from_config(architecture, dtype=dtype, **trust)
+            else:
+                model = kind(architecture).to(dtype)
         layers = target_layers(model, config.model.targets, config.model.ignore)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError):
         return None  # loading it will say what is wrong
@@ -128,6 +147,9 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     grouped: dict[str, list[tuple[int, int]]] = {}
     for name, layer in layers.items():
         grouped.setdefault(block_of(name, list(blocks)), []).append(features_of(layer))
+    for name, stack in stacked_experts(model).items():  # each becomes a layer, either way round
+        count, *shape = stack.shape
+        grouped.setdefault(block_of(name, list(blocks)), []).extend([(min(shape), max(shape))] * count)
     widths = [sum(out + inputs for out, inputs in shapes) for shapes in grouped.values()]
     grams = max(_gram_bytes([inputs for _, inputs in shapes]) for shapes in grouped.values())
     states = calib.num_samples * calib.seq_len * hidden
@@ -191,9 +213,18 @@ def _process_bytes() -> int:
 
 
 def _free_memory() -> int:
-    """What the machine can give without swapping; where that is not told, no limit."""
+    """What the machine can give this process without swapping, or its container; if that is not told, no limit.
+
+    Several processes of a run on one machine share it.
+    """
     info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**62
+    lines = info.read_text().splitlines() if info.exists() else []
+    limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        files = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
+        if all(file.exists() for file in files) and files[0].read_text().strip().isdigit():
+            limits.append(int(files[0].read_text()) - int(files[1].read_text()))
+    return min(limits, default=2**62) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

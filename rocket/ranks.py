@@ -97,6 +97,6 @@ def _contact() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RocketError(
-            f"rank {os.environ.get('RANK', '?')} lost contact with the other processes ({first_line(error)}); "
-            "what was finished is kept: run the same command again to go on"
+            f"rank {os.environ.get('RANK', '?')} lost contact with the other processes ({first_line(error)}); see "
+            "what they say. What was finished is kept: the same command goes on from there"
         ) from error

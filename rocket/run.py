@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import resource
+import secrets
 import shutil
 import stat
 import sys
@@ -40,6 +41,7 @@ FORMAT_VERSION = 4
 MANIFEST = "rocket-manifest.json"
 MAX_JSON_BYTES = 1 << 25
 """Of an artifact; the plan of a model with 40 000 experts takes a quarter of it."""
+_UNIQUE = secrets.token_hex(4)  # of this process, among all that write here
 
 UNCHECKED = "README.md"
 """What a folder's manifest leaves out: prose, which is completed and edited after the folder is whole."""
@@ -115,12 +117,22 @@ class RunDirectory:
         try:
             if (path / "run.json").exists():
                 self._check_files()
+            if lock == "alone":
+                self._clear()
             self._check_identity(dict(identity))
         except BaseException:
             if is_new_lock:
                 (path / ".lock").unlink(missing_ok=True)
             self.close()
             raise
+
+    def _clear(self) -> None:
+        """Remove what killed processes left unfinished; no other is at work here."""
+        for left in [*self.path.rglob(".*.tmp"), self.path / "states"]:
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the lock back."""
@@ -147,7 +159,7 @@ class RunDirectory:
     def _check_identity(self, identity: dict[str, object]) -> None:
         content = self.read_json("run.json", expected=None)
         if content is None:
-            strangers = sorted({entry.name for entry in self.path.iterdir()} - {".lock", ".run.json.tmp"})
+            strangers = sorted({entry.name for entry in self.path.iterdir()} - {".lock"})
             if strangers:
                 raise RocketError(
                     f"output_dir {self.path} is not empty and holds no run (found {strangers[0]}); choose another"
@@ -236,7 +248,7 @@ class RunDirectory:
     def new_directory(self, name: str, fingerprint: str) -> Iterator[Path]:
         """A folder to fill; it takes its name, with a manifest of its files but `UNCHECKED`, when all is written."""
         final = self._inside(name)
-        temporary = final.with_name(f".{final.name}.tmp")
+        temporary = final.with_name(f".{final.name}.{_UNIQUE}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             with _writing(final):
@@ -265,8 +277,8 @@ class RunDirectory:
             raise RocketError(f"{path} is truncated or was edited; delete {directory}")
         if manifest.get("fingerprint") != expected:
             return False
-        unchecked = {path, directory / UNCHECKED, directory / f".{UNCHECKED}.tmp"}
-        there = {str(file.relative_to(directory)): file for file in _files(directory) if file not in unchecked}
+        checked = [file for file in _files(directory) if file not in (path, directory / UNCHECKED)]
+        there = {str(file.relative_to(directory)): file for file in checked if not file.match(f".{UNCHECKED}.*.tmp")}
         for file in sorted(there.keys() | files.keys()):
             if file not in files:
                 raise RocketError(f"{there[file]} was added; delete {directory}")
@@ -293,7 +305,7 @@ class RunDirectory:
     def _write(self, name: str, write: Callable[[Path], object]) -> Path:
         """Let ``write`` write a file under another name, and give it this one when it is on the disk."""
         path = self._inside(name)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{_UNIQUE}.tmp")
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rocket.allocation import Budget, select_allocator
-from rocket.config import Config, dump_config
+from rocket.config import Config, RocketError, dump_config
 from rocket.config.records import read_record
 from rocket.config.schema import AllocationConfig
 from rocket.data import check_source, source_stamp
@@ -54,6 +54,11 @@ class Session:
         self.forms = select_forms(config.profiling.forms)
         self.budget = Budget.from_config(config.compression)
         select_allocator(config.allocation.method)
+        if config.healing is not None and ranks.count > 1:
+            raise RocketError(
+                "healing starts a process for each GPU by itself; leave it out under torchrun (--set healing=null) "
+                "and run `rocket heal` afterwards, alone"
+            )
         self._energy = EnergyMeter(config.reporting)
         healing = [config.healing.source] if config.healing else []
         for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples, *healing):
@@ -86,10 +91,15 @@ class Session:
     @cached_property
     def memory(self) -> Memory | None:
         """What the run will take of it; found out, and said, before anything is read."""
-        memory = estimate_memory(self.config)
+        memory = self.agree(estimate_memory(self.config))
         if memory is not None:
             logger.info("%s", memory)
             memory.check()
+        elif self.config.memory_budget is not None:
+            raise RocketError(
+                f"memory_budget cannot be kept with model.path={self.config.model.path!r}: only models in "
+                "safetensors are streamed"
+            )
         return memory
 
     @property
@@ -196,6 +206,8 @@ class Session:
         if not self.leads:
             return
         self.run.log(name, **asdict(usage))
+        if self.shard:  # others would overwrite it
+            return
         usages = self.usages()
         usages[name] = usage
         content = {stage: asdict(entry) for stage, entry in usages.items()}

@@ -1,16 +1,19 @@
 """A model whose blocks come from its files one by one: the same plan and the same bits as with the model in memory."""
 
 import json
+import weakref
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from rocket.calib import measure_sensitivities, sensitivity
 from rocket.config import RocketError, load_config
 from rocket.memory import estimate_memory
-from rocket.models import find_blocks, hold, is_streamed, load_model, release_pages
-from rocket.models.residence import spill, unmapped
+from rocket.models import find_blocks, hold, is_streamed, load_model, release_pages, stacked_experts, target_layers
+from rocket.models.residence import Spilled, spill, unmapped
 from rocket.pipeline import run_pipeline
 from rocket.session import Session
 
@@ -45,7 +48,7 @@ def run(path, monkeypatch, streams: bool):
         return summary, load_file(summary.path / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "granitemoe"])
 def test_streamed_is_the_same_to_the_bit(write_config, monkeypatch, tmp_path, family):
     in_memory, expected = run(write_config("memory", family), monkeypatch, streams=False)
     streamed, tensors = run(write_config("streamed", family), monkeypatch, streams=True)
@@ -87,6 +90,7 @@ def test_a_hidden_state_waits_on_disk(write_config, tmp_path):
     del waiting
     assert not any((tmp_path / "states").iterdir())
     assert spill(model, (hidden[:3], None)) is None  # a part of another tensor stays
+    assert spill(model, (model.model.embed_tokens.weight,)) is None  # and so does a weight
     assert spill(load_model(load_config(write_config("other")).model)[0], (hidden,)) is None
 
 
@@ -97,11 +101,18 @@ def test_release_keeps_what_is_no_file():
     assert torch.equal(tensor, before)
 
 
-def test_what_had_to_be_converted_cannot_be_streamed(write_config, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "dtype", "tensor"),
+    [("llama", "bfloat16", r"model\.layers\.0\.\S+"), ("mixtral", "float32", r"model\.layers\.0\.mlp\.\S+")],
+)
+def test_what_would_have_to_be_converted_cannot_be_streamed(write_config, monkeypatch, family, dtype, tensor):
+    config = load_config(write_config("run", family), [f"model.dtype={dtype}"]).model
+    monkeypatch.setattr("rocket.models.load.SMALL", 1)
+    with pytest.raises(RocketError, match=f"a block at a time: {tensor} is not stored as the model has it"):
+        load_model(config, streams=True)
+    monkeypatch.setattr("rocket.models.load.SMALL", 1 << 30)  # what cannot be told beforehand is told afterwards
     monkeypatch.setattr("rocket.models.residence.SMALL", 1)
-    path = write_config("run")
-    config = load_config(path, ["model.dtype=bfloat16"]).model
-    with pytest.raises(RocketError, match=r"layers\.0\.\S+ had to be copied into it: save the model as safetensors"):
+    with pytest.raises(RocketError, match="cannot be read a block at a time"):
         load_model(config, streams=True)
 
 
@@ -130,3 +141,50 @@ def test_the_estimate_is_said_before_anything_is_read(write_config, caplog):
     assert not (path.parent / "run" / "calibration").exists()
     log = path.parent / "run" / "log.jsonl"
     assert not log.exists() or not any(json.loads(line)["event"] == "gather activations" for line in log.open())
+
+
+def test_sensitivities_leave_hidden_states_on_disk(write_config, tmp_path, monkeypatch, token_ids):
+    model, _ = load_model(load_config(write_config("run")).model, streams=True, states=tmp_path / "states")
+    waiting = []
+    made, run_back = Spilled.__init__, sensitivity._Chain.run_back
+
+    def keep(self, *arguments):
+        made(self, *arguments)
+        waiting.append(weakref.ref(self))
+
+    def look(self):
+        held = [spilled() for spilled in waiting if spilled() is not None]
+        assert len(held) == 8  # two blocks, four batches
+        assert all(spilled._storage.nbytes() == 0 for spilled in held)
+        run_back(self)
+
+    monkeypatch.setattr(Spilled, "__init__", keep)
+    monkeypatch.setattr(sensitivity._Chain, "run_back", look)
+    layers = target_layers(model)
+    streamed = measure_sensitivities(model, layers, [{"input_ids": ids} for ids in token_ids[:8].split(2)])
+    monkeypatch.undo()
+    in_memory, _ = load_model(load_config(write_config("other")).model)
+    expected = measure_sensitivities(
+        in_memory, target_layers(in_memory), [{"input_ids": i} for i in token_ids[:8].split(2)]
+    )
+    assert all(torch.equal(streamed[name], values) for name, values in expected.items())
+
+
+def test_experts_count_in_the_estimate(write_config, monkeypatch):
+    path = write_config("run", "granitemoe")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(load_config(path).model.path))
+    stacks = stacked_experts(model)
+    assert len(stacks) == 4  # two blocks, what goes in and what comes out
+    assert all(len(stack) == 4 for stack in stacks.values())
+    memory = estimate_memory(load_config(path))
+    monkeypatch.setattr("rocket.memory.stacked_experts", lambda _: {})
+    without = estimate_memory(load_config(path))
+    more = memory.needs["gather activations"].streamed - without.needs["gather activations"].streamed
+    assert more > 4 * 0.6 * 8 * 72**2  # what four experts of 72 hidden features read
+
+
+def test_a_budget_that_cannot_be_kept_is_no_budget(write_config):
+    config = load_config(write_config("run"), ["model.path=embedded:smollm2-135m", "memory_budget=6GB"])
+    with Session(config) as session, pytest.raises(RocketError, match="only models in safetensors are streamed"):
+        session.memory  # noqa: B018

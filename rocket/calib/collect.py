@@ -104,7 +104,7 @@ def collect_grams(
     """
     batches = list(batches)[ranks.rank :: ranks.count]
     collector = _Collector(model, layers, batches, {} if grams is None else grams)
-    tasks = [partial(run_forward, model, batch, scores=False) for batch in batches]
+    tasks = [partial(collector.run, number, batch) for number, batch in enumerate(batches)]
     with collector, torch.inference_mode():
         sweep(model, tasks, collector.visit)
     calibration = collector.finish()
@@ -167,6 +167,11 @@ class _Collector:
     def _note_encoded(self, encoded: Tensor) -> None:
         self._encoded[id(encoded)] = encoded
 
+    def run(self, number: int, batch: Batch) -> None:
+        self._batch = number
+        self._seen.clear()
+        run_forward(self.model, batch, scores=False)
+
     def visit(self, block: str, calls: Sequence[Call]) -> Iterator[Any]:
         """Run a block on all batches, then work out its matrices."""
         for call in calls:
@@ -178,7 +183,7 @@ class _Collector:
 
     def finish(self) -> Calibration:
         """What is known of the layers that saw a token; those too whose blocks were never called as such."""
-        self._close(self.layers)
+        self._close({name: layer for name, layer in self.layers.items() if self.inputs.get(name) in self._accumulators})
         warn_of(self._short)
         if not self.inputs:
             raise RocketError(f"{next(iter(self.layers))}: no calibration token reached this layer, nor any other")
@@ -197,7 +202,7 @@ class _Collector:
         short: dict[str, int] = {}
         if owner == ranks.rank:
             leaders = [name for name in layers if name in self._accumulators]
-            found = {name: self.inputs[name] for name in layers if name in self.inputs}
+            found = {name: self.inputs[name] for name in layers if self.inputs.get(name) in self._accumulators}
             tokens = {name: self._accumulators[name].tokens for name in leaders}
             grams = {name: self._accumulators.pop(name).gram() for name in leaders}
             short = fill_experts(layers, self._blocks, found, grams, tokens) if grams else {}

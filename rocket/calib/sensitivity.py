@@ -133,7 +133,9 @@ class _Step:
     def run(self) -> Any:
         with torch.no_grad():
             output = self._call.run()
-        return tree_map_only(Tensor, self._cut, output)
+        cut = tree_map_only(Tensor, self._cut, output)
+        self._call.unload()
+        return cut
 
     def _cut(self, output: Tensor) -> Tensor:
         number = len(self._gradients)
@@ -175,6 +177,7 @@ class _Step:
         for origin, tensor in pairs:
             if tensor.grad is not None:
                 torch.autograd.backward(origin, tensor.grad, retain_graph=True)
+        self._call.unload()
 
 
 class _Chain:

@@ -14,7 +14,7 @@ from rocket.calib import Calibration
 from rocket.config.errors import RocketError, first_line
 from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS, Option
-from rocket.models import ExpertLinears, LinearLayer, features_of, unstack_experts, weight_of
+from rocket.models import ExpertLinears, LinearLayer, features_of, is_streamed, unstack_experts, weight_of
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
 from rocket.run import track
@@ -42,9 +42,6 @@ def compress(
     if not inplace:
         model = copy.deepcopy(model)
     unstack_experts(model, plan.choices)
-    for module in model.modules():
-        if isinstance(module, ExpertLinears):
-            module.own_weights()
     specs: dict[str, LayerSpec] = {}
     for name, option in track(compressed_layers(plan).items(), "compress layers"):
         linear = linear_layer(model, name)
@@ -60,6 +57,10 @@ def compress(
             raise RocketError(f"{name}: its tensors are not those of the plan ({first_line(error)})") from error
         specs[name] = layer.spec
         replace_module(model, name, layer)
+    if not is_streamed(model):
+        for module in model.modules():
+            if isinstance(module, ExpertLinears):
+                module.own_weights()
     attach_quantizer(model, specs)
     return model
 

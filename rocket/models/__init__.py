@@ -5,6 +5,7 @@ from rocket.models.expert_linears import ExpertLinears
 from rocket.models.experts import (
     expert_layouts,
     restack_experts,
+    stacked_experts,
     unstack_as,
     unstack_experts,
     unstacked_experts,
@@ -72,6 +73,7 @@ __all__ = [
     "restack_experts",
     "run_forward",
     "sample_batches",
+    "stacked_experts",
     "stream",
     "sweep",
     "takes_media",

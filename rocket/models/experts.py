@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 from rocket.config.errors import RocketError, first_line
 from rocket.models.expert_linears import EAGER, LAYOUTS, ExpertLinears
 from rocket.models.mode import evaluation_mode
-from rocket.models.structure import find_blocks
+from rocket.models.residence import hold
+from rocket.models.structure import block_of, find_blocks
 
 TOLERANCE = 1e-2
 
@@ -46,7 +47,11 @@ def unstack_experts(model: nn.Module, layers: Collection[str] | None = None) -> 
     failures: dict[str, str] = {}
     calls = _record_calls(model, candidates)
     for name, module in candidates.items():
-        reason = calls if isinstance(calls, str) else _try_layouts(module, calls.get(name))
+        if isinstance(calls, str):
+            reason: str | None = calls
+        else:
+            with hold(model, block_of(name, list(find_blocks(model)))):
+                reason = _try_layouts(module, calls.get(name))
         if reason is not None:
             failures[name] = reason
     unstacked = {id(_config(module)) for name, module in candidates.items() if name not in failures}
@@ -115,6 +120,15 @@ def restack_experts(model: nn.Module) -> None:
 def expert_layouts(model: nn.Module) -> dict[str, str]:
     """The layout of each stacked parameter that is unstacked in a model, by its name."""
     return {name: module.layout for name, module in model.named_modules() if isinstance(module, ExpertLinears)}
+
+
+def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that may hold stacked experts, by name; on any device."""
+    return {
+        f"{name}.{attribute}": parameter
+        for name, module in _candidates(model).items()
+        for attribute, parameter in _stacks(module).items()
+    }
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -79,7 +79,7 @@ def run_forward(model: nn.Module, batch: Batch, scores: bool = True, through: nn
         arguments["use_cache"] = False
     if not scores and "logits_to_keep" in forward_arguments(model):
         arguments["logits_to_keep"] = 1
-    with without_cache(model), _padding_token(model):
+    with without_cache(model), with_padding_token(model):
         return (through or model)(**arguments)
 
 
@@ -90,7 +90,7 @@ def _like(parameter: Tensor, value: Any) -> Any:
 
 
 @contextmanager
-def _padding_token(model: nn.Module) -> Iterator[None]:
+def with_padding_token(model: nn.Module) -> Iterator[None]:
     """While it lasts, a classifier has a token for padding: decoders look for the last token before it.
 
     That is the one that ends a text, or a number that no token has, where the config names neither.

@@ -16,13 +16,14 @@ from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
-from rocket.models.auto import open_model, open_processor
+from rocket.models.auto import auto_class, open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
-from rocket.models.residence import stream, unmapped
-from rocket.models.stored import check_config_file, check_places
+from rocket.models.residence import SMALL, stream, unmapped
+from rocket.models.stored import check_config_file, check_places, read_headers
 from rocket.models.structure import find_blocks
 
 SAMPLED_BYTES = 1 << 20
+STORED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def load_model(config: ModelConfig, streams: bool = False, states: Path | None =
     if location.embedded is not None and location.embedded.load is not None:
         model, processor = location.embedded.load(Path(location.source, location.file or ""), dtype)
     else:
+        if streams:
+            _check_streamable(config, location.source)
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         if location.file is not None:
             options["gguf_file"] = location.file
@@ -73,12 +76,42 @@ def _settle(config: ModelConfig, model: PreTrainedModel, streams: bool, states: 
         return model.to(resolve_device(config.device)).eval()
     copied = unmapped(model)
     if copied is not None:
-        raise RocketError(
-            f"{config.path!r} does not fit into memory, and {copied} had to be copied into it: save the model as "
-            f"safetensors in {config.dtype}, or set model.dtype to the type it is stored in"
-        )
+        raise RocketError(_cannot_stream(config, copied))
     stream(model, resolve_device(config.device), states)
     return model.eval()
+
+
+def _cannot_stream(config: ModelConfig, tensor: str) -> str:
+    return (
+        f"{config.path!r} does not fit into memory, and cannot be read a block at a time: {tensor} is not stored as "
+        f"the model has it, under this name in {config.dtype}. Set model.dtype to the type it is stored in; "
+        "experts that transformers stacks while loading are never so"
+    )
+
+
+def _check_streamable(config: ModelConfig, source: str) -> None:
+    """Raise RocketError, before anything is read, if blocks of a local checkpoint would have to be converted."""
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        return
+    stored = read_headers(files)
+    architecture = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        kind = auto_class(architecture)
+        model = kind.from_config(architecture) if hasattr(kind, "from_config") else kind(architecture)
+    wanted = STORED_TYPES[config.dtype]
+    mappable = {_below_list(key) for key, tensor in stored.items() if tensor.dtype == wanted}
+    for block, module in find_blocks(model).items():
+        for name, tensor in module.named_parameters(prefix=block):
+            if tensor.numel() >= SMALL and _below_list(name) not in mappable:
+                raise RocketError(_cannot_stream(config, name))
+
+
+def _below_list(name: str) -> str:
+    """A tensor's name from the first number on, as what is before it may differ between a checkpoint and its model."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[max(number - 1, 0) :])
 
 
 def _open(

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from rocket.models.structure import find_blocks
 
-MADV_PAGEOUT = 21
+MADV_DONTNEED = 4
 SMALL = 1 << 20
 RELEASE_SECONDS = 0.1
 
@@ -40,7 +41,7 @@ def stream(model: nn.Module, device: torch.device, states: Path | None = None) -
     for tensor in _tensors(model):
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(device)
-    residence = _Residence(device, states)
+    residence = _Residence(model, device, states)
     for block in blocks.values():
         block.register_forward_pre_hook(lambda block, _: residence.enter(block))
         block.register_forward_hook(lambda block, *_: residence.leave(block))
@@ -54,11 +55,7 @@ def unmapped(model: nn.Module) -> str | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    mapped = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, *_, inode = line.split(maxsplit=5)[:5]
-        if inode != "0":
-            mapped.append(tuple(int(address, 16) for address in addresses.split("-")))
+    mapped = _mapped_files()
     for block, module in find_blocks(model).items():
         for name, tensor in module.named_parameters(prefix=block):
             if tensor.numel() >= SMALL and not any(start <= tensor.data_ptr() < end for start, end in mapped):
@@ -92,9 +89,27 @@ def spill(model: nn.Module, candidates: Iterable[Any]) -> Spilled | None:
     if residence is None or residence.states is None:
         return None
     hidden = next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
-    if hidden is None or hidden.untyped_storage().nbytes() != hidden.numel() * hidden.element_size():
+    if hidden is None:
+        return None
+    storage = hidden.untyped_storage()
+    is_whole = storage.nbytes() == hidden.numel() * hidden.element_size() and storage.resizable()
+    if not is_whole or storage.data_ptr() in residence.weights:
         return None  # a part of something else, which may be in use
     return Spilled(hidden, residence.states)
+
+
+@contextmanager
+def in_step(model: nn.Module) -> Iterator[None]:
+    """While it lasts, blocks come and go by `hold` alone, not when they are called."""
+    residence: Any = getattr(model, "_residence", None)
+    if residence is None:
+        yield
+        return
+    before, residence.in_step = residence.in_step, True
+    try:
+        yield
+    finally:
+        residence.in_step = before
 
 
 class Spilled:
@@ -110,6 +125,10 @@ class Spilled:
             numbers.to("cpu", copy=True).numpy().tofile(file)  # what numpy has seen cannot be freed
         weakref.finalize(self, self._path.unlink, missing_ok=True)
         self._device = tensor.device
+        self.unload()
+
+    def unload(self) -> None:
+        """Free the memory; the numbers must be those of the file."""
         self._storage.resize_(0)
 
     def load(self) -> None:
@@ -123,13 +142,17 @@ class Spilled:
 class _Residence:
     """The blocks that are on the device now, with where their tensors were."""
 
-    def __init__(self, device: torch.device, states: Path | None) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, states: Path | None) -> None:
         self._device = device
         self.states = states
+        self.weights = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
+        self.in_step = False
         self._held: set[nn.Module] = set()
         self._homes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def enter(self, block: nn.Module, held: bool = False) -> None:
+        if self.in_step and not held:
+            return
         if held:
             self._held.add(block)
         if self._device.type != "cpu" and block not in self._homes:
@@ -138,6 +161,8 @@ class _Residence:
                 tensor.data = home.to(self._device)
 
     def leave(self, block: nn.Module, held: bool = False) -> None:
+        if self.in_step and not held:
+            return
         if held:
             self._held.discard(block)
         if block in self._held:
@@ -150,15 +175,31 @@ class _Residence:
 def release_pages(tensors: Iterable[Tensor]) -> None:
     """Give back the memory of tensors that lie in mapped files; the next use reads them again. Others are kept.
 
-    Linux only; elsewhere the system does so by itself when memory is short.
+    Mapped weights must not have been written to: what was written would be lost. Linux only; elsewhere the system gives
+    pages back by itself when memory is short.
     """
     if not sys.platform.startswith("linux"):
         return
+    mapped = _mapped_files()
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
-            start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-            _madvise()(start, end - start, MADV_PAGEOUT)
+            address = tensor.data_ptr()
+            place = bisect_right(mapped, (address, sys.maxsize)) - 1
+            if place >= 0 and address < mapped[place][1]:
+                end = min(address + tensor.numel() * tensor.element_size(), mapped[place][1])
+                start = address // mmap.PAGESIZE * mmap.PAGESIZE
+                _madvise()(start, end - start, MADV_DONTNEED)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Where files are mapped, in order: (first address, end)."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, inode = line.split(maxsplit=5)[:5]
+        if inode != "0":
+            start, end = addresses.split("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from rocket.models.inputs import without_cache
-from rocket.models.residence import Spilled, hold, spill
+from rocket.models.inputs import with_padding_token, without_cache
+from rocket.models.residence import Spilled, hold, in_step, spill
 from rocket.models.structure import find_blocks
 
 Result = TypeVar("Result")
@@ -45,6 +45,11 @@ class Call:
         """Bring the hidden state back."""
         if self.hidden is not None:
             self.hidden.load()
+
+    def unload(self) -> None:
+        """Let the hidden state wait on disk again, if it did."""
+        if self.hidden is not None:
+            self.hidden.unload()
 
 
 def run_calls(block: str, calls: Sequence[Call]) -> Iterator[Any]:
@@ -79,7 +84,8 @@ def sweep(
                 replace(call, hidden=spill(model, (*call.args[:1], call.kwargs.get("hidden_states")))),
             )
 
-    with _calls_wait(find_blocks(model)) as start, without_cache(model):
+    # What changes a model for a while must do so once for all: tasks end in another order than they begin.
+    with _calls_wait(find_blocks(model)) as start, without_cache(model), with_padding_token(model), in_step(model):
         for number, task in enumerate(tasks):
             advance(number, start(number, task))
         while waiting:

@@ -100,11 +100,13 @@ def export_dense(session: Session) -> Path:
     path = compress_model(session)
     name = f"{session.checkpoint}-dense"
     expected = fingerprint(dense=session.plan_fingerprint)
-    if session.run.has_directory(name, expected):
+    if session.agree(session.run.has_directory(name, expected)):
         session.skip("export dense")
         return session.run.path / name
-    with session.stage("export dense"), session.run.new_directory(name, expected) as directory:
-        model, processor = open_checkpoint(path, session.config.model)
-        merge(model, inplace=True).save_pretrained(directory)
-        processor.save_pretrained(directory)
+    if session.leads:
+        with session.stage("export dense"), session.run.new_directory(name, expected) as directory:
+            model, processor = open_checkpoint(path, session.config.model)
+            merge(model, inplace=True).save_pretrained(directory)
+            processor.save_pretrained(directory)
+    session.wait()
     return session.run.path / name

@@ -102,6 +102,8 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
     model = session.model
     if not is_causal_lm(model) or calibrates_on_samples(session):
         raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
+    if session.streams:
+        raise RocketError("measuring a size builds it in memory, where this model does not fit; plan without --measure")
     measured: list[MeasuredPoint] = []
     if session.leads:
         measured = _measure(session, plans)

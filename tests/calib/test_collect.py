@@ -253,3 +253,29 @@ def test_problem_of_a_layer():
     assert torch.equal(problem.sensitivity, torch.ones(2))
     assert problem.shrinkage == 0.1
     assert calibration.problem("a", weight, ProfilingConfig(cost="weight")).sensitivity is None
+
+
+def test_blocks_that_are_never_called_as_such(token_ids):
+    class Halves(nn.Module):
+        """Its list holds lists: no block has a forward of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleList([nn.Sequential(nn.Linear(4, 4))]) for _ in range(2)])
+            self.config = None
+
+        def forward(self, input_ids, attention_mask=None):
+            hidden = nn.functional.one_hot(input_ids % 4, 4).float()
+            for block in self.blocks:
+                hidden = torch.tanh(block[0](hidden))
+            return hidden
+
+    torch.manual_seed(0)
+    model, ids = Halves(), token_ids[:6]
+    masks = [torch.ones(2, 32), torch.ones(2, 32), torch.ones(2, 32)]
+    masks[0][:, 4:] = 0
+    batches = [{"input_ids": i, "attention_mask": mask} for i, mask in zip(ids.split(2), masks, strict=True)]
+    calibration = collect_grams(model, target_layers(model), batches)
+    assert calibration.tokens["blocks.0.0.0"] == 2 * 4 + 2 * 32 + 2 * 32
+    counts = torch.bincount(torch.cat([ids[0, :4], ids[1, :4], ids[2:].flatten()]) % 4, minlength=4) / 136
+    torch.testing.assert_close(calibration.gram("blocks.0.0.0"), torch.diag(counts))

@@ -40,7 +40,7 @@ PATIENCE = 600.0
 def start(config: Path, output: Path) -> int:
     """Start `rocket run` on a config in a new process; its number."""
     sys.stdout.flush()
-    transformers_logging.disable_progress_bar()  # a bar takes a lock that all processes share; one that is killed keeps it
+    transformers_logging.disable_progress_bar()  # its lock is shared: one that is killed would keep it
     process = os.fork()
     if process:
         return process

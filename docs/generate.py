@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 import yaml
@@ -51,8 +51,9 @@ def config_reference() -> str:
     schema = Config.model_json_schema()
     parts = [_keys("", Config, schema)]
     for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            parts += [f"## {name}", inspect.getdoc(field.annotation) or "", _keys(name, field.annotation, schema)]
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section that may be null is one of its choices
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                parts += [f"## {name}", inspect.getdoc(kind) or "", _keys(name, kind, schema)]
     return "\n\n".join(parts)
 
 
@@ -80,6 +81,8 @@ def _type(described: dict[str, Any]) -> str:
     """
     if "anyOf" in described:
         return " or ".join(_type(choice) for choice in described["anyOf"])
+    if "$ref" in described:
+        return "section"
     if "enum" in described:
         return ", ".join(f"`{choice}`" for choice in described["enum"])
     if described["type"] == "array":

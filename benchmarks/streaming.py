@@ -77,9 +77,9 @@ def _random(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     return tensor
 
 
-def watch(command: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak resident MB of a command, sampled from outside. Raises CalledProcessError if it fails."""
-    start, peak = time.perf_counter(), 0
+def watch(command: Sequence[str]) -> float:
+    """Peak resident MB of a command, sampled from outside. Raises CalledProcessError if it fails."""
+    peak = 0
     process = psutil.Popen(command)
     while process.poll() is None:
         try:
@@ -89,7 +89,7 @@ def watch(command: Sequence[str]) -> tuple[float, float]:
         time.sleep(WATCH_SECONDS)
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, command)
-    return time.perf_counter() - start, peak / 1e6
+    return peak / 1e6
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def main() -> None:
     }
     path = args.directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    seconds, peak_mb = watch([sys.executable, "-m", "rocket", "run", "--config", str(path)])
+    watched_mb = watch([sys.executable, "-m", "rocket", "run", "--config", str(path)])
     usage = json.loads((args.directory / "run" / "usage.json").read_text())["content"]
     shared = {
         "shape": args.shape,
@@ -129,7 +129,10 @@ def main() -> None:
         "compressed_blocks": len(args.compress) if args.compress else SHAPES[args.shape]["num_hidden_layers"],
         "threads": torch.get_num_threads(),
     }
-    rows = [{"stage": "all", "seconds": seconds, "peak_mb": peak_mb, **shared}]
+    peak_mb = max(watched_mb, *(stage["peak_mb"] for stage in usage.values()))
+    rows = [
+        {"stage": "all", "seconds": sum(stage["seconds"] for stage in usage.values()), "peak_mb": peak_mb, **shared}
+    ]
     rows += [{"stage": stage, "seconds": u["seconds"], "peak_mb": u["peak_mb"], **shared} for stage, u in usage.items()]
     write_results("streaming", rows)
 

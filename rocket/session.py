@@ -25,6 +25,7 @@ from rocket.models import (
     LinearLayer,
     identify_model,
     load_model,
+    release_pages,
     resolve_device,
     target_layers,
     unstack_experts,
@@ -123,6 +124,11 @@ class Session:
     def weight(self, layer: str) -> Tensor:
         """The weight [out, in] of a layer, where it is to be worked on."""
         return weight_of(self.layers[layer]).to(resolve_device(self.config.model.device))
+
+    def done_with(self, layer: str) -> None:
+        """Let the weight of a layer go, where the model's do not stay in memory."""
+        if self.streams:
+            release_pages([self.layers[layer].weight])
 
     @property
     def leads(self) -> bool:

@@ -110,6 +110,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         residence.in_step = before
+        release_pages(_tensors(model))  # what is outside of blocks
 
 
 class Spilled:

@@ -67,6 +67,8 @@ def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Ten
     for name in track(session.my_share({name: work_of(layers[name]) for name in missing}), "build layers"):
         problem = calibration.problem(name, session.weight(name), plan.profiling)
         run.write_tensors(_built_file(name), expected, build_tensors(name, layers[name], problem, chosen[name], plan))
+        del problem  # before the next one is made
+        session.done_with(name)
     session.wait()
     return BuiltLayers(run, expected, list(chosen))
 

@@ -71,6 +71,8 @@ def profile_share(session: Session, calibration: Calibration) -> list[str]:
             problem = calibration.problem(name, session.weight(name), settings)
             profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
             session.run.write_json(_profile_file(name), session.profile_fingerprint, profile.to_dict())
+            del problem  # before the next one is made
+            session.done_with(name)
         session.wait()
     return [name for name, content in _stored_profiles(session, calibration).items() if content is None]
 

@@ -19,10 +19,10 @@ import psutil
 import torch
 import yaml
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import write_results
+from benchmarks.tiny import make_tokenizer
 
 LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -57,11 +57,7 @@ def make_checkpoint(directory: Path, shape: str, blocks: int | None) -> int:
             save_file(made, directory / "unfinished.safetensors", {"format": "pt"})
             (directory / "unfinished.safetensors").rename(directory / files[key])
     config.save_pretrained(directory)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"<eos>": 0} | {c: n for n, c in enumerate(letters, start=1)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": places})
     )

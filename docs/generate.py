@@ -70,6 +70,7 @@ def _keys(section: str, model: type[BaseModel], schema: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+TECHNICAL = 2**31 - 1  # a bound that is there against overflow, not of interest
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -87,7 +88,9 @@ def _type(described: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in described["enum"])
     if described["type"] == "array":
         return f"list of {_type(described['items'])}"
-    limits = [f"{sign} {described[limit]:g}" for limit, sign in LIMITS.items() if limit in described]
+    limits = [
+        f"{sign} {described[limit]:g}" for limit, sign in LIMITS.items() if described.get(limit, TECHNICAL) < TECHNICAL
+    ]
     return " ".join([described["type"], ", ".join(limits)]).strip()
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.tiny import make_tokenizer
 from rocket.config.schema import CalibConfig, ModelConfig, ProfilingConfig
 from rocket.factorization.problem import LayerProblem
 
@@ -63,12 +63,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, no special token added."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<eos>": 0} | {letter: number for number, letter in enumerate(alphabet, start=1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +100,18 @@ def model_dir(tmp_path: Path, make_model, byte_tokenizer) -> Callable[..., Path]
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def furnish(make_model, byte_tokenizer, texts) -> Callable[[Path], None]:
+    """Puts what a run needs into a folder: model/, a tiny llama with its tokenizer, and texts.txt."""
+
+    def put(root: Path) -> None:
+        (root / "texts.txt").write_text("\n\n".join(texts))
+        make_model("llama").save_pretrained(root / "model")
+        byte_tokenizer.save_pretrained(root / "model")
+
+    return put
 
 
 QUICK_CALIB = CalibConfig(num_samples=16, seq_len=32, batch_size=4, sensitivity_samples=4)

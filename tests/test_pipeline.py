@@ -323,12 +323,10 @@ def test_damage_is_told_and_nothing_else_lost(finished, artifact, stage):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, make_model, byte_tokenizer, texts) -> Path:
+def finished(tmp_path_factory, furnish) -> Path:
     """A finished run, for tests that put back what they change."""
     root = tmp_path_factory.mktemp("finished")
-    (root / "texts.txt").write_text("\n\n".join(texts))
-    make_model("llama").save_pretrained(root / "model")
-    byte_tokenizer.save_pretrained(root / "model")
+    furnish(root)
     config = {
         "output_dir": str(root / "run"),
         "model": {"path": str(root / "model"), "dtype": "bfloat16", "device": "cpu"},

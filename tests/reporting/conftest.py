@@ -21,12 +21,10 @@ from rocket.session import Session
 
 
 @pytest.fixture(scope="session")
-def summary(tmp_path_factory, make_model, byte_tokenizer, texts) -> Summary:
+def summary(tmp_path_factory, furnish) -> Summary:
     """Of a tiny llama at 30 % removed, in a directory where 10 % by `uniform` and 50 % were measured too."""
     root = tmp_path_factory.mktemp("report")
-    (root / "texts.txt").write_text("\n\n".join(texts))
-    make_model("llama").save_pretrained(root / "model")
-    byte_tokenizer.save_pretrained(root / "model")
+    furnish(root)
     config = {
         "output_dir": str(root / "run"),
         "model": {"path": str(root / "model"), "dtype": "float32", "device": "cpu"},

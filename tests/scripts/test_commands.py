@@ -38,12 +38,10 @@ def invoke(app, *arguments: object):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, make_model, byte_tokenizer, texts) -> Path:
+def home(tmp_path_factory, furnish) -> Path:
     """A model, texts and a config; runs go to folders of their own."""
     root = tmp_path_factory.mktemp("home")
-    (root / "texts.txt").write_text("\n\n".join(texts))
-    make_model("llama").save_pretrained(root / "model")
-    byte_tokenizer.save_pretrained(root / "model")
+    furnish(root)
     config = {
         "output_dir": str(root / "run"),
         "model": {"path": str(root / "model"), "dtype": "float32", "device": "cpu"},

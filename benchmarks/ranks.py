@@ -19,12 +19,14 @@ from typing import Any
 from benchmarks.harness import write_results
 
 SPACES = {"rocket-a": "10.77.0.1", "rocket-b": "10.77.0.2"}
+TARGETS = r"['re:.*layers\.[0-5]\..*']"  # six of thirty blocks
 STAGES = ("gather activations", "measure sensitivities", "profile layers", "compress")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def settings(directory: Path, samples: int) -> list[str]:
     changes = {
+        "model.targets": TARGETS,
         "output_dir": directory,
         "calib.num_samples": samples,
         "calib.batch_size": 4,
@@ -97,7 +99,7 @@ def plan_of(directory: Path) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:

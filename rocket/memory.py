@@ -28,8 +28,8 @@ from rocket.models.load import locate
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
 FORMS_HOLD = {
-    "low_rank": ((4.0, 12.0), (4.0, 6.0)),
-    "dictionary": ((4.0, 16.0), (4.0, 6.0)),
+    "low_rank": ((4.0, 12.0), (5.0, 6.0)),
+    "dictionary": ((4.0, 16.0), (5.0, 6.0)),
     "sparse": ((8.0, 14.0), (8.0, 14.0)),
 }
 PANELS = 0.6  # of a square matrix, which Gram sums take

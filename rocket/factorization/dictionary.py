@@ -137,8 +137,7 @@ def factorize(
     if support < rank:
         for _ in range(refits):
             mask, coefficients = _refit(basis, coefficients, int(mask.sum()))
-    atoms = fit_dictionary(problem.target, coefficients)
-    dictionary = problem.whitening.unwhiten(atoms).T
+    dictionary = problem.whitening.unwhiten(fit_dictionary(problem.target, coefficients)).T
     if problem.column_weights is not None:
         coefficients = coefficients / problem.column_weights
     dictionary, coefficients = _balance(dictionary, coefficients)
@@ -163,8 +162,8 @@ def _refit(basis: Basis, coefficients: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 def _balance(dictionary: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each atom [k, in] and its coefficients [k, out] the same largest magnitude, which half precision needs."""
-    atom_size = positive(dictionary.abs().amax(dim=1, keepdim=True))
-    coefficient_size = positive(coefficients.abs().amax(dim=1, keepdim=True))
+    """Give each atom [k, in], in place, and its coefficients [k, out] the same largest magnitude, as float16 needs."""
+    atom_size = positive(torch.linalg.vector_norm(dictionary, ord=torch.inf, dim=1, keepdim=True))
+    coefficient_size = positive(torch.linalg.vector_norm(coefficients, ord=torch.inf, dim=1, keepdim=True))
     scale = (coefficient_size / atom_size).sqrt()
-    return dictionary * scale, coefficients / scale
+    return dictionary.mul_(scale), coefficients / scale

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from rocket.config.errors import RocketError, first_line
 
@@ -35,8 +37,12 @@ class Ranks:
         with_gpus = torch.cuda.is_available()
         if with_gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if with_gpus else "gloo"
         with _contact():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo", timeout=TIMEOUT)
+            store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps its store when it starts processes again: those of before must not be found in it.
+            store = PrefixStore(f"rocket/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def leave(self) -> None:

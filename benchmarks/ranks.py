@@ -1,7 +1,6 @@
-"""Several processes on one machine, and on two network addresses, against one: the same plan, and how much sooner.
+"""Several processes on one machine against one: the same plan, and how much sooner.
 
-Every run is the ``rocket`` command on the embedded model, one thread a process. Two network namespaces with addresses
-of their own, joined by a cable, stand for two machines (as root on Linux; otherwise that row is left out).
+Every run is the ``rocket`` command on the embedded model, one thread a process.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import write_results
 
-SPACES = {"rocket-a": "10.77.0.1", "rocket-b": "10.77.0.2"}
 TARGETS = r"['re:.*layers\.[0-1]\..*']"  # two of thirty blocks
 STAGES = ("gather activations", "measure sensitivities", "profile layers", "compress")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -44,52 +41,17 @@ def finish(processes: list[subprocess.Popen[bytes]]) -> None:
             raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
-def run(directory: Path, samples: int, ranks: int, spaces: bool = False) -> dict[str, float]:
+def run(directory: Path, samples: int, ranks: int) -> dict[str, float]:
     """Seconds of each stage."""
     command = ["-m", "rocket", "run", *settings(directory, samples)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if spaces:
-        with ExitStack() as stack:
-            connect(stack)
-            meet = f"{SPACES['rocket-a']}:29577"
-            launch = [
-                "--nnodes=2",
-                "--nproc-per-node=1",
-                "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={meet}",
-                "--rdzv-id=1",
-            ]
-            finish(
-                [
-                    subprocess.Popen(
-                        ["ip", "netns", "exec", space, *TORCHRUN, *launch, f"--local-addr={address}", *command],
-                        env={**environment, "GLOO_SOCKET_IFNAME": f"{space}-0"},
-                    )
-                    for space, address in SPACES.items()
-                ]
-            )
-    elif ranks == 1:
+    if ranks == 1:
         finish([subprocess.Popen([sys.executable, *command], env=environment)])
     else:
         launch = ["--standalone", f"--nproc-per-node={ranks}"]
         finish([subprocess.Popen([*TORCHRUN, *launch, *command], env=environment)])
     usage = json.loads((directory / "usage.json").read_text())["content"]
     return {stage: usage[stage]["seconds"] for stage in STAGES}
-
-
-def connect(stack: ExitStack) -> None:
-    """Two network namespaces and a cable between them, until the stack ends."""
-    for space in SPACES:
-        subprocess.run(["ip", "netns", "add", space], check=True)
-        stack.callback(subprocess.run, ["ip", "netns", "del", space], check=True)
-    ends = [f"{space}-0" for space in SPACES]
-    subprocess.run(["ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1]], check=True)
-    for (space, address), end in zip(SPACES.items(), ends, strict=True):
-        subprocess.run(["ip", "link", "set", end, "netns", space], check=True)
-        inside = ["ip", "-n", space]
-        subprocess.run([*inside, "addr", "add", f"{address}/24", "dev", end], check=True)
-        for device in (end, "lo"):
-            subprocess.run([*inside, "link", "set", device, "up"], check=True)
 
 
 def plan_of(directory: Path) -> Any:
@@ -106,17 +68,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         alone = run(Path(temporary, "1"), args.samples, 1)
         plan = plan_of(Path(temporary, "1"))
-        rows = [{"ranks": 1, "network": "none", "stage": stage, "seconds": alone[stage]} for stage in STAGES]
-        cases = [(ranks, False) for ranks in args.ranks]
-        if os.geteuid() == 0 and subprocess.run(["ip", "-V"], capture_output=True, check=False).returncode == 0:
-            cases.append((2, True))
-        for ranks, spaces in cases:
-            directory = Path(temporary, f"{ranks}-{spaces}")
-            seconds = run(directory, args.samples, ranks, spaces)
+        rows = [{"ranks": 1, "stage": stage, "seconds": alone[stage]} for stage in STAGES]
+        for ranks in args.ranks:
+            directory = Path(temporary, str(ranks))
+            seconds = run(directory, args.samples, ranks)
             rows += [
                 {
                     "ranks": ranks,
-                    "network": "two namespaces" if spaces else "one machine",
                     "stage": stage,
                     "seconds": seconds[stage],
                     "speedup": alone[stage] / seconds[stage],

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from rocket.config import Config, RocketError
 from rocket.models import (
     LinearLayer,
-    auto_class,
     block_of,
+    empty_model,
     features_of,
     find_blocks,
     resolve_device,
@@ -24,6 +24,7 @@ from rocket.models import (
     target_layers,
 )
 from rocket.models.load import locate
+from rocket.run import process_bytes
 
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
@@ -36,6 +37,7 @@ PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
 TEXT_BYTES = 500_000_000  # a text being tokenised
+UNTOLD_BYTES = 500_000_000  # about what the libraries take, where the system does not tell
 UNITS = 1e9
 CGROUPS = (
     ("memory.max", "memory.current"),
@@ -112,13 +114,9 @@ def estimate_memory(config: Config) -> Memory | None:
         architecture = AutoConfig.from_pretrained(
             location.source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
         )
-        with torch.device("meta"):
-            trust = {"trust_remote_code": True} if config.model.trust_remote_code else {}
-            kind, dtype = auto_class(architecture), getattr(torch, config.model.dtype)
-            if hasattr(kind, "from_config"):
-                model = kind.from_config(architecture, dtype=dtype, **trust)
-            else:
-                model = kind(architecture).to(dtype)
+        model = empty_model(
+            architecture, getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code
+        )
         layers = target_layers(model, config.model.targets, config.model.ignore)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError):
         return None  # loading it will say what is wrong
@@ -143,7 +141,7 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     inside = {id(tensor) for block in blocks.values() for tensor in block.parameters()}
     outside = max((_size(tensor) for tensor in model.parameters() if id(tensor) not in inside), default=0)
     weights, block = _bytes(model), max(_bytes(part) for part in blocks.values())
-    base = _process_bytes()
+    base = process_bytes("VmRSS") or UNTOLD_BYTES
     grouped: dict[str, list[tuple[int, int]]] = {}
     for name, layer in layers.items():
         grouped.setdefault(block_of(name, list(blocks)), []).append(features_of(layer))
@@ -203,15 +201,6 @@ def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _process_bytes() -> int:
-    """What this process takes already, libraries above all; half a GB where that is not told."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 500_000_000
-
-
 def _free_memory() -> int:
     """What the machine can give this process without swapping, or its container; if that is not told, no limit.
 
@@ -220,10 +209,7 @@ def _free_memory() -> int:
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit, used in CGROUPS:
         files = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
         if all(file.exists() for file in files) and files[0].read_text().strip().isdigit():
             limits.append(int(files[0].read_text()) - int(files[1].read_text()))

@@ -419,9 +419,17 @@ def measure() -> Iterator[Usage]:
 
 
 def _peak_resident_bytes() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    told = process_bytes("VmHWM")
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def process_bytes(field: str) -> int | None:
+    """A size that Linux tells of this process in /proc/self/status, such as VmRSS; None elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None

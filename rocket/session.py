@@ -121,14 +121,14 @@ class Session:
     def layers(self) -> dict[str, LinearLayer]:
         return target_layers(self.model, self.config.model.targets, self.config.model.ignore)
 
-    def weight(self, layer: str) -> Tensor:
+    def weight(self, layer: LinearLayer) -> Tensor:
         """The weight [out, in] of a layer, where it is to be worked on."""
-        return weight_of(self.layers[layer]).to(resolve_device(self.config.model.device))
+        return weight_of(layer).to(resolve_device(self.config.model.device))
 
-    def done_with(self, layer: str) -> None:
-        """Let the weight of a layer go, where the model's do not stay in memory."""
+    def let_go(self, *tensors: Tensor) -> None:
+        """Give the memory of mapped tensors back, where the model's weights do not stay in memory."""
         if self.streams:
-            release_pages([self.layers[layer].weight])
+            release_pages(tensors)
 
     @property
     def leads(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
-from rocket.models import is_streamed, make_linear, release_pages, releasing, restack_experts
+from rocket.models import is_streamed, make_linear, releasing, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
 
 SHARD, STREAMED_SHARD = "5GB", "1GB"
@@ -29,24 +29,17 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, directory: Path) -> 
     if processor is not None:
         processor.save_pretrained(directory)
     reopened = type(model).from_pretrained(directory, dtype=model.dtype)
-    with releasing(model):
-        _compare(model.state_dict(), reopened.state_dict(), directory, release_pages if is_streamed(model) else None)
+    with releasing(model, reopened):
+        _compare(model.state_dict(), reopened.state_dict(), directory)
 
 
-def _compare(
-    saved: Mapping[str, Tensor],
-    reopened: Mapping[str, Tensor],
-    directory: Path,
-    release: Callable[[Sequence[Tensor]], None] | None,
-) -> None:
+def _compare(saved: Mapping[str, Tensor], reopened: Mapping[str, Tensor], directory: Path) -> None:
     if saved.keys() != reopened.keys():
         differing = sorted(saved.keys() ^ reopened.keys())
         raise RocketError(f"{directory}: reopened, the model has other tensors than before ({differing[0]}, ...)")
     for name, tensor in saved.items():
         if not torch.equal(tensor.cpu(), reopened[name].cpu()):
             raise RocketError(f"{directory}: {name} came back different from what was saved")
-        if release is not None:
-            release((tensor, reopened[name]))
 
 
 def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """All that knows transformers: load a model, make its inputs, find its blocks and the layers to compress."""
 
-from rocket.models.auto import auto_class, open_model, open_processor
+from rocket.models.auto import auto_class, empty_model, open_model, open_processor
 from rocket.models.expert_linears import ExpertLinears
 from rocket.models.experts import (
     expert_layouts,
@@ -45,6 +45,7 @@ __all__ = [
     "check_counts",
     "check_places",
     "check_size",
+    "empty_model",
     "evaluation_mode",
     "expert_layouts",
     "features_of",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from transformers import (
     AutoModel,
@@ -57,6 +58,16 @@ def _architectures(auto: Any, model_type: str) -> tuple[str, ...]:
 def open_model(source: str, config: PretrainedConfig, **options: Any) -> Any:
     """The model of a checkpoint, by the Auto class that its config asks for."""
     return auto_class(config).from_pretrained(source, **options)
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model that `open_model` would open, without weights: its tensors are on the device ``meta``."""
+    kind = auto_class(config)
+    with torch.device("meta"):
+        if not hasattr(kind, "from_config"):
+            return kind(config).to(dtype)
+        trust = {"trust_remote_code": True} if trust_remote_code else {}
+        return kind.from_config(config, dtype=dtype, **trust)
 
 
 def open_processor(source: str, model: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
-from rocket.models.auto import auto_class, open_model, open_processor
+from rocket.models.auto import empty_model, open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
 from rocket.models.residence import SMALL, stream, unmapped
 from rocket.models.stored import check_config_file, check_places, read_headers
@@ -96,9 +96,7 @@ def _check_streamable(config: ModelConfig, source: str) -> None:
         return
     stored = read_headers(files)
     architecture = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"):
-        kind = auto_class(architecture)
-        model = kind.from_config(architecture) if hasattr(kind, "from_config") else kind(architecture)
+    model = empty_model(architecture, getattr(torch, config.dtype), config.trust_remote_code)
     wanted = STORED_TYPES[config.dtype]
     mappable = {_below_list(key) for key, tensor in stored.items() if tensor.dtype == wanted}
     for block, module in find_blocks(model).items():

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -58,20 +58,25 @@ def unmapped(model: nn.Module) -> str | None:
     mapped = _mapped_files()
     for block, module in find_blocks(model).items():
         for name, tensor in module.named_parameters(prefix=block):
-            if tensor.numel() >= SMALL and not any(start <= tensor.data_ptr() < end for start, end in mapped):
+            if tensor.numel() >= SMALL and _mapped_until(tensor, mapped) is None:
                 return name
     return None
 
 
 def is_streamed(model: nn.Module) -> bool:
     """Whether `stream` was called for a model."""
-    return isinstance(getattr(model, "_residence", None), _Residence)
+    return _residence_of(model) is not None
+
+
+def _residence_of(model: nn.Module) -> _Residence | None:
+    residence: _Residence | None = getattr(model, "_residence", None)
+    return residence
 
 
 @contextmanager
 def hold(model: nn.Module, block: str) -> Iterator[None]:
     """While it lasts, the weights of a block are on the device; a model that is not streamed is left alone."""
-    residence: Any = getattr(model, "_residence", None)
+    residence = _residence_of(model)
     if residence is None:
         yield
         return
@@ -85,7 +90,7 @@ def hold(model: nn.Module, block: str) -> Iterator[None]:
 
 def spill(model: nn.Module, candidates: Iterable[Any]) -> Spilled | None:
     """Write the first hidden state among the candidates to disk, if the model's wait there, and free its memory."""
-    residence: Any = getattr(model, "_residence", None)
+    residence = _residence_of(model)
     if residence is None or residence.states is None:
         return None
     hidden = next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
@@ -101,7 +106,7 @@ def spill(model: nn.Module, candidates: Iterable[Any]) -> Spilled | None:
 @contextmanager
 def in_step(model: nn.Module) -> Iterator[None]:
     """While it lasts, blocks come and go by `hold` alone, not when they are called."""
-    residence: Any = getattr(model, "_residence", None)
+    residence = _residence_of(model)
     if residence is None:
         yield
         return
@@ -184,12 +189,17 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
     mapped = _mapped_files()
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.numel():
-            address = tensor.data_ptr()
-            place = bisect_right(mapped, (address, sys.maxsize)) - 1
-            if place >= 0 and address < mapped[place][1]:
-                end = min(address + tensor.numel() * tensor.element_size(), mapped[place][1])
-                start = address // mmap.PAGESIZE * mmap.PAGESIZE
+            until = _mapped_until(tensor, mapped)
+            if until is not None:
+                start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+                end = min(tensor.data_ptr() + tensor.numel() * tensor.element_size(), until)
                 _madvise()(start, end - start, MADV_DONTNEED)
+
+
+def _mapped_until(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> int | None:
+    """The end of the mapped file that a tensor begins in; None if it lies in memory."""
+    place = bisect_right(mapped, (tensor.data_ptr(), sys.maxsize)) - 1
+    return mapped[place][1] if place >= 0 and tensor.data_ptr() < mapped[place][1] else None
 
 
 def _mapped_files() -> list[tuple[int, int]]:
@@ -204,12 +214,12 @@ def _mapped_files() -> list[tuple[int, int]]:
 
 
 @contextmanager
-def releasing(*models: nn.Module) -> Iterator[None]:
-    """While it lasts, pages of streamed models are given back several times a second.
+def releasing(model: nn.Module, *others: nn.Module) -> Iterator[None]:
+    """While it lasts, pages of a streamed model, and of others in files, are given back several times a second.
 
-    For what walks through all weights in other libraries' code, as saving does.
+    For what walks through all weights, in other libraries' code too, as saving does.
     """
-    tensors = [tensor for model in models if is_streamed(model) for tensor in _tensors(model)]
+    tensors = [tensor for part in (model, *others) for tensor in _tensors(part)] if is_streamed(model) else []
     done = threading.Event()
 
     def release() -> None:

@@ -44,7 +44,7 @@ def profile_layers(
 
 def _profile_shard(session: Session) -> int:
     calibration, _ = pipeline.gather_activations(session)
-    return len(pipeline.profile_share(session, calibration))
+    return sum(content is None for content in pipeline.profile_share(session, calibration).values())
 
 
 main = entry_point(profile_layers)

@@ -18,9 +18,9 @@ from rocket.compression import (
     stored_values,
 )
 from rocket.config import RocketError
-from rocket.models import open_checkpoint, release_pages
+from rocket.models import open_checkpoint
 from rocket.reporting.card import model_card
-from rocket.run import UNCHECKED, RunDirectory, fingerprint, track
+from rocket.run import UNCHECKED, fingerprint, track
 from rocket.session import Session
 from rocket.stages.profile import make_plan, work_of
 
@@ -65,12 +65,12 @@ def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Ten
     layers = {name: linear_layer(session.model, name) for name in chosen}
     missing = session.agree([name for name in chosen if not run.has_tensors(_built_file(name), expected)])
     for name in track(session.my_share({name: work_of(layers[name]) for name in missing}), "build layers"):
-        problem = calibration.problem(name, session.weight(name), plan.profiling)
+        problem = calibration.problem(name, session.weight(layers[name]), plan.profiling)
         run.write_tensors(_built_file(name), expected, build_tensors(name, layers[name], problem, chosen[name], plan))
         del problem  # before the next one is made
-        session.done_with(name)
+        session.let_go(layers[name].weight)
     session.wait()
-    return BuiltLayers(run, expected, list(chosen))
+    return BuiltLayers(session, list(chosen))
 
 
 def _built_file(name: str) -> str:
@@ -80,14 +80,15 @@ def _built_file(name: str) -> str:
 class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
     """The tensors of layers in the run directory, mapped into memory when asked for."""
 
-    def __init__(self, run: RunDirectory, expected: str, names: Sequence[str]) -> None:
-        self._run, self._expected, self._names = run, expected, names
+    def __init__(self, session: Session, names: Sequence[str]) -> None:
+        self._session, self._names = session, names
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        tensors = self._run.read_tensors(_built_file(name), self._expected)
+        run = self._session.run
+        tensors = run.read_tensors(_built_file(name), self._session.plan_fingerprint)
         if tensors is None:
-            raise RocketError(f"{self._run.path / _built_file(name)} is missing; run again")
-        release_pages(tensors.values())
+            raise RocketError(f"{run.path / _built_file(name)} is missing; run again")
+        self._session.let_go(*tensors.values())
         return tensors
 
     def __iter__(self) -> Iterator[str]:

@@ -21,9 +21,7 @@ from rocket.run import UNCHECKED, fingerprint
 from rocket.session import Session
 from rocket.stages.compress import compress_model
 from rocket.stages.heal import heal_model
-from rocket.stages.material import (
-    check_sources,
-)
+from rocket.stages.material import check_sources
 from rocket.stages.profile import make_plan
 
 

@@ -21,10 +21,7 @@ from rocket.config.records import Whole, read_record
 from rocket.ranks import ranks
 from rocket.run import RunDirectory
 from rocket.session import Session
-from rocket.stages.material import (
-    calibration_batches,
-    check_sources,
-)
+from rocket.stages.material import calibration_batches, check_sources
 
 
 class StoredGrams(MutableMapping[str, Tensor]):

@@ -8,9 +8,7 @@ from pathlib import Path
 from rocket.config import RocketError
 from rocket.session import Session
 from rocket.stages.compress import compress_model
-from rocket.stages.material import (
-    healing_examples,
-)
+from rocket.stages.material import healing_examples
 
 
 def heal_model(session: Session) -> Path:
@@ -25,16 +23,14 @@ def heal_model(session: Session) -> Path:
     if config.healing is None:
         raise RocketError("the config has no healing section; add one, or say for example --set healing.minutes=20")
     compressed, healed = compress_model(session), run.path / session.healed_checkpoint
-    if session.agree(run.has_directory(session.healed_checkpoint, session.healing_fingerprint)):
+    expected = session.healing_fingerprint
+    if run.has_directory(session.healed_checkpoint, expected):
         session.skip("heal")
         return healed
     examples = healing_examples(session, config.healing)
     session.release_model()
-    if session.leads:
-        scratch = run.path / "healing" / session.budget.name
-        expected = session.healing_fingerprint
-        with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
-            heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
-        shutil.rmtree(scratch)
-    session.wait()
+    scratch = run.path / "healing" / session.budget.name
+    with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
+        heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
+    shutil.rmtree(scratch)
     return healed

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rocket.allocation import MAX_POINTS, MeasuredPoint, Plan, Planner
-from rocket.calib import (
-    Calibration,
-)
-from rocket.compression import (
-    compress,
-)
+from rocket.calib import Calibration
+from rocket.compression import compress
 from rocket.config import RocketError
 from rocket.config.records import read_record
 from rocket.evaluation import window_losses_of
@@ -21,10 +17,7 @@ from rocket.profiling import LayerProfile, profile_layer
 from rocket.run import fingerprint, track
 from rocket.session import Session
 from rocket.stages.gather import gather_activations
-from rocket.stages.material import (
-    calibrates_on_samples,
-    calibration_tokens,
-)
+from rocket.stages.material import calibrates_on_samples, calibration_tokens
 
 MEASURING_WINDOWS = 32
 
@@ -39,24 +32,24 @@ def work_of(layer: LinearLayer) -> float:
 def profile_layers(session: Session) -> Planner:
     """The options of every layer with size and cost. Writes one file a layer; a killed run loses the layer in work."""
     calibration, size = gather_activations(session)
-    unknown = profile_share(session, calibration)
+    contents = profile_share(session, calibration)
+    unknown = [name for name, content in contents.items() if content is None]
     if unknown:
         raise RocketError(
             f"{unknown[0]} and {len(unknown) - 1} other layers are not profiled yet; run all shards first"
         )
-    contents = _stored_profiles(session, calibration)
     profiles = [LayerProfile.from_dict(content, name) for name, content in contents.items() if content is not None]
     planner = Planner(profiles, size, session.config.profiling, session.config.allocation, calibration)
     return replace(planner, measured=_stored_prices(session))
 
 
-def profile_share(session: Session, calibration: Calibration) -> list[str]:
-    """Profile this process's share of the layers; returns those that are not profiled then, as others have them."""
-    stored = _stored_profiles(session, calibration)
+def profile_share(session: Session, calibration: Calibration) -> dict[str, dict[str, Any] | None]:
+    """Profile this process's share of the layers; what is stored of all then, None where another shard has them."""
+    stored = _stored_profiles(session, calibration.inputs)
     missing = session.agree([name for name, content in stored.items() if content is None])
     if not missing:
         session.skip("profile layers")
-        return []
+        return stored
     layers, settings = session.layers, session.config.profiling
     strangers = [name for name in missing if name not in layers]
     if strangers:
@@ -68,18 +61,18 @@ def profile_share(session: Session, calibration: Calibration) -> list[str]:
         # Shards are parts of the whole, whichever of them are done; processes that talk share what is left.
         mine = session.my_share({name: work_of(layers[name]) for name in (stored if session.shard else missing)})
         for name in track([name for name in mine if name in missing], "profile layers"):
-            problem = calibration.problem(name, session.weight(name), settings)
+            problem = calibration.problem(name, session.weight(layers[name]), settings)
             profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
             session.run.write_json(_profile_file(name), session.profile_fingerprint, profile.to_dict())
             del problem  # before the next one is made
-            session.done_with(name)
+            session.let_go(layers[name].weight)
         session.wait()
-    return [name for name, content in _stored_profiles(session, calibration).items() if content is None]
+    return {**stored, **_stored_profiles(session, missing)}
 
 
-def _stored_profiles(session: Session, calibration: Calibration) -> dict[str, dict[str, Any] | None]:
+def _stored_profiles(session: Session, names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     read, expected = session.run.read_json, session.profile_fingerprint
-    return {name: read(_profile_file(name), expected) for name in calibration.inputs}
+    return {name: read(_profile_file(name), expected) for name in names}
 
 
 def _profile_file(name: str) -> str:

@@ -39,7 +39,7 @@ from rocket.forms import Option, select_forms
 from rocket.forms.dictionary import sizes_for
 from rocket.models import load_model, target_layers
 from rocket.profiling import profile_layer
-from rocket.run import Usage, measure, track
+from rocket.usage import Usage, measure, track
 
 CONFIGS = Path(__file__).parents[1] / "rocket" / "config"
 METHODS = {"rocket": ProfilingConfig(), "paper": load_config(CONFIGS / "paper.yaml").profiling}

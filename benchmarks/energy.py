@@ -36,7 +36,7 @@ from rocket.forms import select_forms
 from rocket.models import load_model, target_layers, token_batches
 from rocket.profiling import LayerProfile, profile_layer
 from rocket.reporting.energy import EnergyMeter
-from rocket.run import measure, track
+from rocket.usage import measure, track
 
 LAYERS = ["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"]
 BLOCK = "model.layers.15"

@@ -48,8 +48,9 @@ from rocket.config.schema import CalibConfig, ModelConfig, ProfilingConfig
 from rocket.models import open_checkpoint
 from rocket.pipeline import run_pipeline
 from rocket.profiling import LayerProfile
-from rocket.run import measure, seal_json
+from rocket.run import seal_json
 from rocket.session import Session
+from rocket.usage import measure
 
 SECONDS = 20.0
 MEMORY = 10**9
@@ -251,12 +252,15 @@ def fuzz_quantization(it: Specimens, random: Random) -> None:
         assert torch.equal(it.run(AutoModelForCausalLM.from_pretrained(it.checkpoint)), it.logits)
 
 
+def changed_json(before: bytes, random: Random) -> bytes:
+    """JSON with some of its values changed, or, three times in ten, some of its bytes."""
+    return flip(before, random) if random.random() < 0.3 else as_json(mutate(json.loads(before), random))
+
+
 def fuzz_model_config(it: Specimens, random: Random) -> None:
     """All of config.json, opened as the commands open it."""
     file = it.checkpoint / "config.json"
-    before = file.read_bytes()
-    content = flip(before, random) if random.random() < 0.3 else as_json(mutate(json.loads(before), random))
-    with it.changed(file, content):
+    with it.changed(file, changed_json(file.read_bytes(), random)):
         model, _ = open_checkpoint(it.checkpoint, ModelConfig(dtype="float32", device="cpu"))
     it.run(model)
 
@@ -264,9 +268,7 @@ def fuzz_model_config(it: Specimens, random: Random) -> None:
 def fuzz_original(it: Specimens, random: Random) -> None:
     """config.json of a model that is to be compressed, opened as the commands open it."""
     file = it.folder / "model" / "config.json"
-    before = file.read_bytes()
-    content = flip(before, random) if random.random() < 0.3 else as_json(mutate(json.loads(before), random))
-    with it.changed(file, content):
+    with it.changed(file, changed_json(file.read_bytes(), random)):
         model, _ = rocket.models.load_model(ModelConfig(path=str(file.parent), dtype="float32", device="cpu"))
     assert model.num_parameters() > 0
 
@@ -296,9 +298,7 @@ def fuzz_tensors(it: Specimens, random: Random) -> None:
 def fuzz_index(it: Specimens, random: Random) -> None:
     """The index of a checkpoint in several files: the model computes what it did."""
     file = it.shards / "model.safetensors.index.json"
-    before = file.read_bytes()
-    content = flip(before, random) if random.random() < 0.3 else as_json(mutate(json.loads(before), random))
-    with it.changed(file, content):
+    with it.changed(file, changed_json(file.read_bytes(), random)):
         model, _ = open_checkpoint(it.shards, ModelConfig(dtype="float32", device="cpu"))
     assert torch.equal(it.run(model), it.logits)
 

@@ -16,7 +16,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-import rocket.run
+import rocket.usage
 from rocket.reporting.environment import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,10 +44,10 @@ def peak_memory_mb(fn: Callable[[], object]) -> float:
     """MB (10^6 bytes) by which this process's resident memory grew at its highest during one call of `fn`.
 
     Counts every allocator (Python, numpy, torch, C++), not GPU memory, and not memory that was resident but free
-    before the call: run it before anything else that needs as much. See `rocket.run.measure`.
+    before the call: run it before anything else that needs as much. See `rocket.usage.measure`.
     """
     before = psutil.Process().memory_info().rss / 1e6
-    with rocket.run.measure() as usage:
+    with rocket.usage.measure() as usage:
         fn()
     return max(0.0, usage.peak_mb - before)
 

@@ -31,7 +31,7 @@ from rocket.forms.base import padded_bits
 from rocket.forms.dictionary import sizes_for
 from rocket.models import target_layers, token_batches
 from rocket.profiling import profile_layers
-from rocket.run import track
+from rocket.usage import track
 
 Weights = dict[str, Tensor]
 PAPER = Path(__file__).parents[1] / "rocket" / "config" / "paper.yaml"

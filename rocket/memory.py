@@ -24,7 +24,7 @@ from rocket.models import (
     target_layers,
 )
 from rocket.models.load import locate
-from rocket.run import process_bytes
+from rocket.usage import process_bytes
 
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.

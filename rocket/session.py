@@ -33,7 +33,8 @@ from rocket.models import (
 )
 from rocket.ranks import ranks, shares
 from rocket.reporting.energy import EnergyMeter
-from rocket.run import RunDirectory, Usage, fingerprint, measure
+from rocket.run import RunDirectory, fingerprint
+from rocket.usage import Usage, measure
 
 Item = TypeVar("Item")
 

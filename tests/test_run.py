@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rocket.config.errors import RocketError
-from rocket.run import RunDirectory, fingerprint, measure, track
+from rocket.run import RunDirectory, fingerprint
+from rocket.usage import measure, track
 
 IDENTITY = {"model": "tiny", "calib.num_samples": 4}
 MADE, OTHER = fingerprint(version=1), fingerprint(version=2)

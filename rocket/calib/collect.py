@@ -29,7 +29,7 @@ from rocket.models import (
     sweep,
 )
 from rocket.ranks import ranks
-from rocket.run import track
+from rocket.usage import track
 
 logger = logging.getLogger(__name__)
 

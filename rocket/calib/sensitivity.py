@@ -18,7 +18,7 @@ from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
 from rocket.models import Batch, Call, LinearLayer, features_of, find_blocks, hold, is_streamed, remedy_of_nan, sweep
 from rocket.ranks import ranks
-from rocket.run import track
+from rocket.usage import track
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from rocket.forms import FORMS, Option
 from rocket.models import ExpertLinears, LinearLayer, features_of, is_streamed, unstack_experts, weight_of
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
-from rocket.run import track
+from rocket.usage import track
 
 Model = TypeVar("Model", bound=nn.Module)
 

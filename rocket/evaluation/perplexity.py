@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from rocket.config.errors import RocketError
 from rocket.models import evaluation_mode, is_streamed, sweep
-from rocket.run import track
+from rocket.usage import track
 
 # Logit entries upcast to fp32 at once: 64 MiB.
 _CHUNK_VALUES = 1 << 24

@@ -13,7 +13,7 @@ from rocket.config.errors import RocketError
 from rocket.data.samples import SAMPLING_RATE, Sample
 from rocket.evaluation.perplexity import evaluating
 from rocket.models.inputs import check_clips, longest_clip
-from rocket.run import track
+from rocket.usage import track
 
 RESAMPLES = 10_000
 

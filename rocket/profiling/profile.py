@@ -14,7 +14,7 @@ from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import Cost, LayerProblem
 from rocket.forms import Form, Option
 from rocket.models import LinearLayer, weight_of
-from rocket.run import track
+from rocket.usage import track
 
 logger = logging.getLogger(__name__)
 

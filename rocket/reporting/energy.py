@@ -9,7 +9,7 @@ from typing import Any
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import ReportingConfig
-from rocket.run import Usage
+from rocket.usage import Usage
 
 COUNTERS = "CPU by its own counters (RAPL), memory estimated"
 ESTIMATE = "CPU and memory estimated"

@@ -9,7 +9,7 @@ from pathlib import Path
 from rocket.allocation import Plan, Planner
 from rocket.config.schema import AllocationConfig, Config
 from rocket.evaluation import Evaluation
-from rocket.run import Usage
+from rocket.usage import Usage
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from rocket.compression import (
 from rocket.config import RocketError
 from rocket.models import open_checkpoint
 from rocket.reporting.card import model_card
-from rocket.run import UNCHECKED, fingerprint, track
+from rocket.run import UNCHECKED, fingerprint
 from rocket.session import Session
 from rocket.stages.profile import make_plan, work_of
+from rocket.usage import track
 
 
 def compress_model(session: Session) -> Path:

@@ -14,10 +14,11 @@ from rocket.config.records import read_record
 from rocket.evaluation import window_losses_of
 from rocket.models import LinearLayer, features_of, is_causal_lm
 from rocket.profiling import LayerProfile, profile_layer
-from rocket.run import fingerprint, track
+from rocket.run import fingerprint
 from rocket.session import Session
 from rocket.stages.gather import gather_activations
 from rocket.stages.material import calibrates_on_samples, calibration_tokens
+from rocket.usage import track
 
 MEASURING_WINDOWS = 32
 

@@ -16,8 +16,8 @@ from rocket.forms import Option
 from rocket.pipeline import run_pipeline
 from rocket.profiling import LayerProfile
 from rocket.reporting.summary import MeasuredSize, Summary
-from rocket.run import Usage
 from rocket.session import Session
+from rocket.usage import Usage
 
 
 @pytest.fixture(scope="session")

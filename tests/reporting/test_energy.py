@@ -11,7 +11,7 @@ import pytest
 from rocket.config.errors import RocketError
 from rocket.config.schema import ReportingConfig
 from rocket.reporting.energy import COUNTERS, ESTIMATE, METHODS, EnergyMeter
-from rocket.run import Usage
+from rocket.usage import Usage
 
 
 def test_off_costs_nothing(monkeypatch):

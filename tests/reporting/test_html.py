@@ -14,7 +14,7 @@ import pytest
 from rocket.evaluation import Evaluation, Score
 from rocket.reporting.html import Shades, finite, render_report
 from rocket.reporting.layout import Cell, Tower
-from rocket.run import Usage
+from rocket.usage import Usage
 
 VOID = {"meta", "link", "input", "br"}
 HOSTILE = "a.0.\"'><img src=x onerror=alert(1)></script><script>alert(2)</script>{{ 7 * 7 }}"

@@ -40,7 +40,7 @@ def run_pipeline(session: Session) -> Summary:
     original, compressed = evaluate_models(session)
     healed = evaluate_healed(session)
     path = session.run.path / (session.checkpoint if healed is None else session.healed_checkpoint)
-    sizes, usages = measured_sizes(session), session.usages()
+    sizes, usages = measured_sizes(session, original), session.usages()
     summary = Summary(path, session.config, planner, plan, original, compressed, healed, sizes, usages)
     if session.leads:
         session.run.write_text(summary.report.name, render_report(summary))

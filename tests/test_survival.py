@@ -1,5 +1,6 @@
 """Bad conditions, through the whole pipeline: a clear message, or a sound result."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks.survival import differences
 from rocket.config import RocketError, load_config
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.pipeline import run_pipeline
-from rocket.run import MANIFEST
+from rocket.run import MANIFEST, seal_json
 from rocket.session import Session
 
 
@@ -201,3 +202,30 @@ def test_degenerate_layers(tmp_path, change, tokens, config, cost):
         assert sum(values.numel() for name, values in stored.items() if not name.endswith("mask")) == (
             sum(option.parameters for option in choices.values()) + plan.size.other_parameters
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("plans/removed-0.30.json", "choices", "is not of the profiled layers; delete it and run again"),
+        (
+            "evaluation/removed-0.30.json",
+            "perplexities",
+            "does not tell what original.json does; delete both and run again",
+        ),
+        (
+            "evaluation/original.json",
+            "perplexities",
+            "does not tell what original.json does; delete both and run again",
+        ),
+    ],
+)
+def test_files_that_leave_something_out(damaged, finished, name, part, message):
+    """Whoever can write the directory can write a checksum: the report must not stumble over what is not there."""
+    file = damaged / name
+    artifact = json.loads(file.read_text())
+    artifact["content"][part].popitem()
+    file.write_text(json.dumps(seal_json(name, artifact["fingerprint"], artifact["content"])))
+    told = refusal(finished / "config.yaml", f"output_dir={damaged}")
+    place = damaged / name.replace("original", "removed-0.30")
+    assert told == f"{place} {message}"

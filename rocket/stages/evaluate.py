@@ -32,7 +32,7 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     """
     original, kept = _evaluate_original(session)
     path, plan = compress_model(session), make_plan(session)
-    compressed = _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, kept)
+    compressed = _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, original, kept)
     if session.leads:
         card = model_card(path, session.config, plan, original, compressed)
         session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
@@ -43,14 +43,16 @@ def evaluate_healed(session: Session) -> Evaluation | None:
     """The healed model, measured as the others are; None if the config does not heal. Writes evaluation/*.json."""
     if session.config.healing is None:
         return None
-    _, kept = _evaluate_original(session)
+    original, kept = _evaluate_original(session)
     path = heal_model(session)
-    return _evaluate_smaller(session, "healed", path, session.healing_fingerprint, kept)
+    return _evaluate_smaller(session, "healed", path, session.healing_fingerprint, original, kept)
 
 
-def _evaluate_smaller(session: Session, name: str, path: Path, subject: str, kept: Mapping[str, Tensor]) -> Evaluation:
+def _evaluate_smaller(
+    session: Session, name: str, path: Path, subject: str, original: Evaluation, kept: Mapping[str, Tensor]
+) -> Evaluation:
     session.release_model()
-    stored = _stored_evaluation(session, path.name, subject)
+    stored = _stored_evaluation(session, path.name, subject, original)
     if stored is not None:
         session.skip(f"evaluate {path.name}")
     elif session.leads:
@@ -94,14 +96,25 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
     return agreed, kept
 
 
-def _stored_evaluation(session: Session, name: str, subject: str) -> Evaluation | None:
+def _stored_evaluation(
+    session: Session, name: str, subject: str, original: Evaluation | None = None
+) -> Evaluation | None:
+    """What was measured of a subject, if it was. Raises RocketError if that is not what was of the ``original``."""
     content = session.run.read_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject))
     if content is None:
         return None
-    return read_record(Evaluation, content, session.run.path / f"evaluation/{name}.json")
+    path = session.run.path / f"evaluation/{name}.json"
+    stored = read_record(Evaluation, content, path)
+    if original is not None and _measures(stored) != _measures(original):
+        raise RocketError(f"{path} does not tell what original.json does; delete both and run again")
+    return stored
 
 
-def measured_sizes(session: Session) -> list[MeasuredSize]:
+def _measures(evaluation: Evaluation) -> tuple[set[str], set[str]]:
+    return set(evaluation.perplexities), set(evaluation.accuracies)
+
+
+def measured_sizes(session: Session, original: Evaluation) -> list[MeasuredSize]:
     """Plans in the run directory that were evaluated as the config says, whichever allocator made them, by size."""
     allocations = [AllocationConfig(method=method, error_cap=cap) for method in ALLOCATORS for cap in (False, True)]
     found = []
@@ -113,7 +126,7 @@ def measured_sizes(session: Session) -> list[MeasuredSize]:
         budget = Budget(**content["budget"])
         for allocation in allocations:
             expected = session.plan_fingerprint_of(budget, allocation)
-            evaluation = _stored_evaluation(session, budget.name, expected)
+            evaluation = _stored_evaluation(session, budget.name, expected, original)
             if evaluation is not None and session.run.read_json(name, expected) is not None:
                 found.append(MeasuredSize(Plan.from_dict(content), allocation, evaluation))
     return sorted(found, key=lambda size: size.plan.removed_ratio)

@@ -140,7 +140,10 @@ def make_plan(session: Session) -> Plan:
     stored = session.run.read_json(name, session.plan_fingerprint)
     if stored is not None:
         session.skip("plan")
-        return Plan.from_dict(stored, planner.calibration)
+        plan = Plan.from_dict(stored, planner.calibration)
+        if plan.choices.keys() != {profile.layer for profile in planner.profiles}:
+            raise RocketError(f"{session.run.path / name} is not of the profiled layers; delete it and run again")
+        return plan
     with session.stage("plan"):
         plan = planner.within(session.budget)
     if session.leads:

@@ -28,8 +28,8 @@ def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tup
     """
     output = run_forward(model, batch)
     positions = Positions(model, batch)
-    logits = _get(output, "logits")
-    if logits is not None and 2 <= logits.dim() <= 3 and logits.shape[-1] > 1:
+    logits = class_scores(output)
+    if logits is not None:
         labels = labels_of(model, batch)
         if labels is None or labels.shape != logits.shape[:-1]:
             return _own_predictions(logits, positions.mask(logits.shape[:-1], is_encoder_decoder(model)), generator)
@@ -43,6 +43,12 @@ def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tup
         )
     value = torch.stack([(part * _signs(part, generator)).sum() for part in features]).sum()
     return value, 0.5 * sum(float(part.detach().double().square().sum()) for part in features)
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """The scores [..., classes] that a model's output gives each of its predictions; None if it predicts no classes."""
+    logits = _get(output, "logits")
+    return logits if logits is not None and 2 <= logits.dim() <= 3 and logits.shape[-1] > 1 else None
 
 
 def _own_predictions(logits: Tensor, counted: Tensor | None, generator: torch.Generator) -> tuple[Tensor, float]:

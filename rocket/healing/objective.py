@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rocket.calib.objective import class_scores
 from rocket.calib.positions import Positions
 from rocket.config.errors import RocketError
 from rocket.models import Batch, is_encoder_decoder, label_scores, labels_of
@@ -65,8 +66,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def _logits(model: nn.Module, output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or not 2 <= logits.dim() <= 3 or logits.shape[-1] == 1:
+    logits = class_scores(output)
+    if logits is None:
         raise RocketError(f"{type(model).__name__} predicts no classes, such as tokens; it cannot be healed")
     return logits
 

@@ -25,10 +25,9 @@ import torch
 
 from benchmarks.compression_speed import METHODS
 from benchmarks.harness import write_results
-from benchmarks.methods import UNTEMPERED, cospadi_layer
+from benchmarks.methods import UNTEMPERED, built_weight, cospadi_layer
 from rocket.allocation import Plan, Planner, measure_size
 from rocket.calib import calibrate
-from rocket.compression.compress import build_layer
 from rocket.config.schema import AllocationConfig, ModelConfig, ProfilingConfig, ReportingConfig
 from rocket.data import load_documents, pack_tokens
 from rocket.factorization.problem import LayerProblem
@@ -105,11 +104,7 @@ def main() -> None:
         return [profile_layer(name, name, problem, forms, settings) for name, problem in problems(settings)]
 
     def build(plan: Plan) -> dict[str, torch.Tensor]:
-        built = {}
-        for name, problem in problems(plan.profiling):
-            layer = build_layer(layers[name], problem, plan.choices[name], name, plan)
-            built[name] = layer.float().dense_weight().detach()
-        return built
+        return {name: built_weight(name, layers[name], problem, plan) for name, problem in problems(plan.profiling)}
 
     def errors(weights: dict[str, torch.Tensor]) -> float:
         return statistics.mean(problem.evaluate(weights[name]) for name, problem in problems(UNTEMPERED))

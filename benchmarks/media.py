@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks.harness import write_results
 from rocket.config import load_config
-from rocket.pipeline import Evaluation, run_pipeline
+from rocket.evaluation import Evaluation
+from rocket.pipeline import run_pipeline
 from rocket.session import Session
 
 CONFIGS = Path(__file__).parents[1] / "rocket" / "config"

@@ -29,7 +29,7 @@ from rocket.factorization.problem import LayerProblem
 from rocket.forms import Option, select_forms
 from rocket.forms.base import padded_bits
 from rocket.forms.dictionary import sizes_for
-from rocket.models import target_layers, token_batches
+from rocket.models import LinearLayer, target_layers, token_batches
 from rocket.profiling import profile_layers
 from rocket.usage import track
 
@@ -122,13 +122,19 @@ def of_plan(bench: Bench, plan: Plan) -> Compressed:
     """Build a plan's layers and multiply them out."""
     weights: Weights = {}
     for name, option in track(plan.choices.items(), "build"):
-        if option.form == "dense":
+        if option.is_original:
             continue
         linear = bench.layers[name]
         problem = bench.calibration.problem(name, linear.weight, plan.profiling)
-        layer = make_layer(linear, build_tensors(name, linear, problem, option, plan), option, plan.input_groups[name])
-        weights[name] = layer.float().dense_weight().detach().to(linear.weight.dtype)
+        weights[name] = built_weight(name, linear, problem, plan).to(linear.weight.dtype)
     return Compressed(weights, plan.removed_ratio, plan.bytes_removed_ratio, forms_of(plan), plan.cost)
+
+
+def built_weight(name: str, linear: LinearLayer, problem: LayerProblem, plan: Plan) -> Tensor:
+    """What a layer of a plan multiplies by, in float32."""
+    option = plan.choices[name]
+    layer = make_layer(linear, build_tensors(name, linear, problem, option, plan), option, plan.input_groups[name])
+    return layer.float().dense_weight().detach()
 
 
 def forms_of(plan: Plan) -> str:

@@ -76,7 +76,6 @@ END_TARGET
 #endif  // ROCKET_X86
 
 enum Path { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX, PATHS };
-enum Type { FP32, BF16, FP16, TYPES };
 enum Status { OK, BAD_OFFSETS, NO_MEMORY, BAD_REQUEST };
 
 static bool available(int path) {
@@ -96,31 +95,32 @@ static bool available(int path) {
     return false;
 }
 
-static Kernels kernels_of(int path, int type, int64_t batch) {
+// The best of one set of instructions for x of a type.
+#define CHOOSE(set, chosen) \
+    (type == FP32 ? set::chosen<float>() : type == BF16 ? set::chosen<bf16>() : set::chosen<fp16>())
+
+static Kernels kernels_of(int path, int type, bool int8, int64_t batch) {
 #ifdef ROCKET_X86
     constexpr int64_t AMX_BATCH = 4;  // the tiles of fewer rows of x would be too empty
+    if (int8 && path >= AVX512) {
+        Kernels chosen = CHOOSE(avx512, int8_kernels);
+        if (path >= AVX512_BF16) chosen.rows = avx512_bf16::rows<int8_t>;
+        return chosen;
+    }
+    if (int8 && path == AVX2) return CHOOSE(avx2, int8_kernels);
     if (path == AMX && type == BF16 && batch >= AMX_BATCH)
         return {sizeof(bf16), false, amx::TILE, amx::prepare, amx::rows, nullptr};
     if (path >= AVX512_BF16 && type == BF16) return avx512_bf16::kernels<bf16>();
     if (path >= AVX512) {
-        Kernels chosen = type == FP32   ? avx512::kernels<float>()
-                         : type == BF16 ? avx512::kernels<bf16>()
-                                        : avx512::kernels<fp16>();
+        Kernels chosen = CHOOSE(avx512, kernels);
         // Nothing multiplies fp16 into fp32 sums directly, but spreading is the same for any 16 bits.
         if (path >= AVX512_BF16 && type == FP16) chosen.expand = avx512_bf16::expand_rows<fp16>;
         return chosen;
     }
-    if (path == AVX2)
-        return type == FP32   ? avx2::kernels<float>()
-               : type == BF16 ? avx2::kernels<bf16>()
-                              : avx2::kernels<fp16>();
+    if (path == AVX2) return CHOOSE(avx2, kernels);
 #endif
-    return type == FP32   ? portable::kernels<float>()
-           : type == BF16 ? portable::kernels<bf16>()
-                          : portable::kernels<fp16>();
+    return int8 ? CHOOSE(portable, int8_kernels) : CHOOSE(portable, kernels);
 }
-
-static int64_t size_of(int type) { return type == FP32 ? 4 : 2; }
 
 static int available_paths() {
     int paths = 0;
@@ -270,11 +270,13 @@ static void barrier() {
 #endif
 }
 
-// All the products by one x [batch, cols].
-static int linears(const Kernels& kernels, std::vector<Product>& products, int64_t item, int threads, const void* x,
+// All the products by one x [batch, cols], with values of the type of x or all of them int8.
+static int linears(int path, int type, bool int8, int threads, std::vector<Product>& products, const void* x,
                    int64_t batch, int64_t cols) {
     if (batch == 0) return OK;
-    const Operands operands(kernels, batch, cols, item);
+    const Kernels kernels = kernels_of(path, type, int8, batch);
+    const int64_t item = int8 ? 1 : size_of(type);
+    const Operands operands(kernels, batch, cols, size_of(type));
     const Scratch scratch(operands.as_is ? 0 : operands.bytes);
     const Tails tails(products, item);
     if (scratch.failed() || tails.failed()) return NO_MEMORY;
@@ -297,27 +299,28 @@ using namespace rocket;
 // Bit i is set where path i (portable, avx2, avx512, avx512_bf16, amx) can run here.
 EXPORT int rocket_paths() { return AVAILABLE; }
 
-// y [batch, rows] = x [batch, cols] Wᵀ + bias; bias may be null. Returns a Status, as do all below.
+// y [batch, rows] = x [batch, cols] Wᵀ + bias; bias and scale may be null. Returns a Status, as do all below.
 EXPORT int rocket_dense_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
-                               const void* weight, int64_t rows, const void* bias, void* y) {
+                               const void* weight, const void* scale, int64_t rows, const void* bias, void* y) {
     if (bad(path, type)) return BAD_REQUEST;
-    std::vector<Product> products{{weight, nullptr, nullptr, rows, cols, nullptr, 0, batch, bias, y, rows}};
-    return linears(kernels_of(path, type, batch), products, size_of(type), threads, x, batch, cols);
+    std::vector<Product> products{
+        {weight, scale, type, nullptr, nullptr, rows, cols, nullptr, 0, batch, bias, y, rows}};
+    return linears(path, type, scale, threads, products, x, batch, cols);
 }
 
-// y [batch, rows] = x [batch, cols] Sᵀ + bias; bias may be null. `nnz` values exist; `offsets` [rows + 1] may be part
-// of those of a larger matrix.
+// y [batch, rows] = x [batch, cols] Sᵀ + bias; bias and scale may be null. `nnz` values exist; `offsets` [rows + 1] may
+// be part of those of a larger matrix.
 struct SparsePart {  // eight bytes a field: library.py writes it as such
-    const void* values;
+    const void *values, *scale;
     const uint8_t* mask;
     const int64_t* offsets;
     int64_t nnz, rows;
     const void* bias;
     void* y;
 };
-static_assert(sizeof(SparsePart) == 7 * sizeof(int64_t), "library.py packs fields of eight bytes");
+static_assert(sizeof(SparsePart) == 8 * sizeof(int64_t), "library.py packs fields of eight bytes");
 
-// The products of one x by `number` matrices, as if they were one.
+// The products of one x by `number` matrices, as if they were one: all have a scale, or none has.
 EXPORT int rocket_sparse_linears(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
                                  const SparsePart* parts, int64_t number) {
     if (bad(path, type)) return BAD_REQUEST;
@@ -326,30 +329,33 @@ EXPORT int rocket_sparse_linears(int path, int type, int threads, const void* x,
     for (int64_t i = 0; i < number; i++) {
         const SparsePart& part = parts[i];
         if (part.offsets[0] < 0 || part.offsets[part.rows] > part.nnz) return BAD_OFFSETS;
-        products.push_back({part.values, part.mask, part.offsets, part.rows, cols, nullptr, 0, batch, part.bias, part.y,
-                            part.rows, part.nnz});
+        if (!part.scale != !parts[0].scale) return BAD_REQUEST;
+        products.push_back({part.values, part.scale, type, part.mask, part.offsets, part.rows, cols, nullptr, 0, batch,
+                            part.bias, part.y, part.rows, part.nnz});
     }
-    return linears(kernels_of(path, type, batch), products, size_of(type), threads, x, batch, cols);
+    return linears(path, type, number && parts[0].scale, threads, products, x, batch, cols);
 }
 
 // y [batch, rows] = (x [batch, in] Dᵀ) Sᵀ + bias with D [rank, in] dense; x Dᵀ is rounded to the type of x, so that the
-// result is that of the two products one after the other.
+// result is that of the two products one after the other. Both matrices have a scale, or neither.
 EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t in,
-                                const void* dictionary, int64_t rank, const void* values, const uint8_t* mask,
-                                const int64_t* offsets, int64_t nnz, int64_t rows, const void* bias, void* y) {
-    if (bad(path, type)) return BAD_REQUEST;
+                                const void* dictionary, const void* dictionary_scale, int64_t rank, const void* values,
+                                const void* scale, const uint8_t* mask, const int64_t* offsets, int64_t nnz,
+                                int64_t rows, const void* bias, void* y) {
+    if (bad(path, type) || !dictionary_scale != !scale) return BAD_REQUEST;
     if (offsets[0] < 0 || offsets[rows] > nnz) return BAD_OFFSETS;
     if (batch == 0 || rows == 0) return OK;
-    const Kernels kernels = kernels_of(path, type, batch);
-    const int64_t item = size_of(type);
-    const Operands outer(kernels, batch, in, item), inner(kernels, batch, rank, item);
+    const Kernels kernels = kernels_of(path, type, scale, batch);
+    const int64_t size = size_of(type), item = scale ? 1 : size;
+    const Operands outer(kernels, batch, in, size), inner(kernels, batch, rank, size);
     // Whether the first product can write the second one's operands itself.
-    const bool direct = kernels.by_rows && kernels.operand_size == item;
+    const bool direct = kernels.by_rows && kernels.operand_size == size;
     const Scratch outer_scratch(outer.as_is ? 0 : outer.bytes), inner_scratch(inner.bytes);
-    const Scratch hidden(direct ? 0 : batch * rank * item);
-    Product first{dictionary, nullptr, nullptr, rank, in, x, outer.stride, batch, nullptr, hidden.data(), rank};
-    std::vector<Product> second{
-        {values, mask, offsets, rows, rank, inner_scratch.data(), inner.stride, batch, bias, y, rows, nnz}};
+    const Scratch hidden(direct ? 0 : batch * rank * size);
+    Product first{dictionary, dictionary_scale, type, nullptr, nullptr,       rank, in,
+                  x,          outer.stride,     batch, nullptr, hidden.data(), rank};
+    std::vector<Product> second{{values, scale, type, mask, offsets, rows, rank, inner_scratch.data(), inner.stride,
+                                 batch, bias, y, rows, nnz}};
     const Tails tails(second, item);
     if (outer_scratch.failed() || inner_scratch.failed() || hidden.failed() || tails.failed()) return NO_MEMORY;
     if (outer_scratch.data()) {
@@ -376,14 +382,15 @@ EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, 
     return OK;
 }
 
-// dense [rows, cols], zero where nothing is kept.
-EXPORT int rocket_expand(int path, int type, int threads, const void* values, const uint8_t* mask,
+// dense [rows, cols], of the type that `type` and scale have, zero where nothing is kept; scale may be null.
+EXPORT int rocket_expand(int path, int type, int threads, const void* values, const void* scale, const uint8_t* mask,
                          const int64_t* offsets, int64_t nnz, int64_t rows, int64_t cols, void* dense) {
     if (bad(path, type)) return BAD_REQUEST;
     if (offsets[0] < 0 || offsets[rows] > nnz) return BAD_OFFSETS;
-    const Kernels kernels = kernels_of(path, type, 1);
-    const int64_t item = size_of(type);
-    std::vector<Product> products{{values, mask, offsets, rows, cols, nullptr, 0, 0, nullptr, dense, cols, nnz}};
+    const Kernels kernels = kernels_of(path, type, scale, 1);
+    const int64_t item = scale ? 1 : size_of(type);
+    std::vector<Product> products{
+        {values, scale, type, mask, offsets, rows, cols, nullptr, 0, 0, nullptr, dense, cols, nnz}};
     const Tails tails(products, item);
     if (tails.failed()) return NO_MEMORY;
     const Shares shares(products.data(), 1, item);

@@ -19,6 +19,9 @@ static inline __m256 floats(const bf16* p) {
 static inline __m256 floats(const fp16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+static inline __m256 floats(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 
 // Only ever stores what was loaded, so narrowing is exact.
 static inline void narrow(float* p, __m256 vector) { _mm256_storeu_ps(p, vector); }
@@ -37,6 +40,8 @@ struct Lanes {
     using Vector = __m256;
     using Sum = __m256;
     static constexpr int width = 8;
+    static constexpr bool by_words = false;
+    using Word = uint64_t;
 
     static Sum zero() { return _mm256_setzero_ps(); }
     static Vector load(const T* p) { return floats(p); }

@@ -13,6 +13,9 @@ static inline __m512 floats(__mmask16 lanes, const bf16* p) {
 static inline __m512 floats(__mmask16 lanes, const fp16* p) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
 }
+static inline __m512 floats(__mmask16 lanes, const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, p)));
+}
 
 static inline __m512 floats(const float* p) { return _mm512_loadu_ps(p); }
 static inline __m512 floats(const bf16* p) {
@@ -21,6 +24,9 @@ static inline __m512 floats(const bf16* p) {
 }
 static inline __m512 floats(const fp16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline __m512 floats(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 // Only ever stores what was loaded, so narrowing is exact.
@@ -39,6 +45,8 @@ struct Lanes {
     using Vector = __m512;
     using Sum = __m512;
     static constexpr int width = 16;
+    static constexpr bool by_words = false;
+    using Word = uint64_t;
 
     static Sum zero() { return _mm512_setzero_ps(); }
     static Vector load(const T* p) { return floats(p); }

@@ -12,6 +12,8 @@ struct Lanes {
     using Vector = __m512i;
     using Sum = __m512;
     static constexpr int width = 32;
+    static constexpr bool by_words = false;
+    using Word = uint64_t;
 
     static Sum zero() { return _mm512_setzero_ps(); }
     static Vector load(const T* p) { return _mm512_loadu_si512(p); }
@@ -29,5 +31,24 @@ struct Lanes {
     static void store(T* p, Vector vector) { _mm512_storeu_si512(p, vector); }
     static void store_first(T* p, Vector vector, int64_t count) {
         _mm512_mask_storeu_epi16(p, first_lanes(count), vector);
+    }
+};
+
+// int8 is multiplied as in cpu_avx512.h, but vpexpandb spreads 64 columns at once.
+template <>
+struct Lanes<int8_t> : avx512::Lanes<int8_t> {
+    static constexpr bool by_words = true;
+    using Word = __m512i;
+    static Word spread(const int8_t* p, uint64_t bits) {
+        __m512i packed = _mm512_loadu_si512(p), spread;
+        asm("vpxord %0, %0, %0\n\tvpexpandb %1, %0%{%2%}%{z%}" : "=&v"(spread) : "v"(packed), "Yk"(__mmask64(bits)));
+        return spread;
+    }
+    static Vector part(Word word, int step) {
+        const __m128i bytes = step == 0   ? _mm512_castsi512_si128(word)
+                              : step == 1 ? _mm512_extracti32x4_epi32(word, 1)
+                              : step == 2 ? _mm512_extracti32x4_epi32(word, 2)
+                                          : _mm512_extracti32x4_epi32(word, 3);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     }
 };

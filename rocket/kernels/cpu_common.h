@@ -1,4 +1,4 @@
-// Types that the instruction sets share: the two 16-bit formats and the description of a product.
+// What the instruction sets share: the types of values, and the description of a product.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -25,6 +25,7 @@ static inline float float_of(uint32_t bits) {
 }
 
 static inline float to_float(float value) { return value; }
+static inline float to_float(int8_t value) { return float(value); }
 static inline float to_float(bf16 value) { return float_of(uint32_t(value.bits) << 16); }
 static inline float to_float(fp16 value) {
     uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
@@ -57,9 +58,38 @@ static inline void from_float(float value, fp16& result) {
         result.bits = uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
-// y = x Sᵀ + bias with S [rows, cols], sparse where `mask` is set and dense where it is null.
+enum Type { FP32, BF16, FP16, TYPES };
+
+static inline int64_t size_of(int type) { return type == FP32 ? 4 : 2; }
+
+static inline float read(const void* values, int64_t index, int type) {
+    if (type == FP32) return static_cast<const float*>(values)[index];
+    return type == BF16 ? to_float(static_cast<const bf16*>(values)[index])
+                        : to_float(static_cast<const fp16*>(values)[index]);
+}
+
+template <class T>
+static inline void write_as(const float* from, int64_t count, float scale, void* to) {
+    for (int64_t i = 0; i < count; i++) from_float(from[i] * scale, static_cast<T*>(to)[i]);
+}
+
+// `count` values times `scale`, rounded to `type`, from to[index] on.
+static inline void write(const float* from, int64_t count, float scale, void* to, int64_t index, int type) {
+    void* first = static_cast<char*>(to) + index * size_of(type);
+    if (type == FP32)
+        write_as<float>(from, count, scale, first);
+    else if (type == BF16)
+        write_as<bf16>(from, count, scale, first);
+    else
+        write_as<fp16>(from, count, scale, first);
+}
+
+// y = x Sᵀ + bias with S [rows, cols], sparse where `mask` is set and dense where it is null. Values are of the type of
+// x, or, where `scale` is set, int8: 127 stands for scale[row].
 struct Product {
     const void* values;
+    const void* scale;  // null, or [rows]
+    int type;           // of x, scale, bias and y, before and after `Kernels::prepare`
     const uint8_t* mask;
     const int64_t* offsets;
     int64_t rows, cols;
@@ -86,13 +116,16 @@ static inline uint64_t load_word(const uint8_t* mask) {
     return word;
 }
 
+// What one unit of a row's values stands for.
+static inline float unit(const Product& p, int64_t row) { return p.scale ? read(p.scale, row, p.type) / 127.0f : 1.0f; }
+
 template <class T>
 static inline const T* row_values(const Product& p, int64_t row) {
     if (row < p.tail_row) return static_cast<const T*>(p.values) + p.offsets[row];
     return static_cast<const T*>(p.tail) + (p.offsets[row] - p.offsets[p.tail_row]);
 }
 
-// The functions of one instruction set for one value type.
+// The functions of one instruction set for one type of x and one of values.
 struct Kernels {
     int64_t operand_size;  // bytes of one entry of Product::x
     bool by_rows;          // operands are rows of x, one after the other

@@ -6,8 +6,10 @@
 //   Vector, Sum              the weights, and partial sums
 //   load(p)                  `width` values; load_first(p, n): the first n, reading no more, then zeros
 //   expand(p, bits)          the next values at the set bits, zero elsewhere; may read 64 values
+//   Word, by_words           64 columns of a mask; or, by words, what products take instead of expand: spread(p, bits),
+//                            the values of 64 columns, of which part(word, i) is vector i
 //   operand(p)               of x; multiply_add(sum, a, b), add(a, b), total(sum)
-//   store(p, vector), store_first(p, vector, n)
+//   store(p, vector), store_first(p, vector, n); for int8_t a Vector is `width` floats instead
 
 // A block of 64 columns. PARTIAL: fewer columns exist (dense weights only: rows of a mask are padded).
 template <class T, int ROWS, int TILE, int SUMS, bool SPARSE, bool PARTIAL>
@@ -19,18 +21,26 @@ static inline __attribute__((always_inline)) void block(const T** values, const 
     // Lines that 64 columns fill, if all are kept: a line that is skipped costs more than one that is asked for twice.
     constexpr int lines = sizeof(T);
     constexpr uintptr_t mask_ahead = 1024;
-    uint64_t word[ROWS];
+    typename L::Word word[ROWS];
     for (int r = 0; r < ROWS; r++) {
-        if (SPARSE) word[r] = load_word(mask[r] + size_t(column) / 8);
+        const uint64_t bits = SPARSE ? load_word(mask[r] + size_t(column) / 8) : 0;
         if (SPARSE) prefetch(mask[r] + size_t(column) / 8, 1, mask_ahead);
         SPARSE ? prefetch(values[r], lines) : prefetch(values[r] + column, lines);
+        if constexpr (!L::by_words) {
+            word[r] = bits;
+        } else if (SPARSE) {
+            word[r] = L::spread(values[r], bits);
+            values[r] += __builtin_popcountll(bits);
+        }
     }
 #pragma GCC unroll 8
     for (int step = 0; step < 64 / L::width; step++) {
         typename L::Vector weights[ROWS];
 #pragma GCC unroll 2
         for (int r = 0; r < ROWS; r++)
-            if (SPARSE) {
+            if constexpr (SPARSE && L::by_words) {
+                weights[r] = L::part(word[r], step);
+            } else if constexpr (SPARSE) {
                 uint64_t bits = word[r] & low_bits(L::width);
                 weights[r] = L::expand(values[r], bits);
                 values[r] += __builtin_popcountll(bits);
@@ -75,13 +85,13 @@ static void tile(const Product& p, int64_t row, int64_t first) {
         block<T, ROWS, TILE, SUMS, SPARSE, true>(values, mask, column, p.cols, x, p.x_stride, sums);
 
     for (int r = 0; r < ROWS; r++) {
-        float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[row + r]) : 0.0f;
+        const float scale = unit(p, row + r), bias = p.bias ? read(p.bias, row + r, p.type) : 0.0f;
 #pragma GCC unroll 8
         for (int i = 0; i < TILE; i++) {
             auto sum = sums[r][i][0];
             for (int s = 1; s < SUMS; s++) sum = L::add(sum, sums[r][i][s]);
-            if (first + i < p.batch)
-                from_float(L::total(sum) + bias, static_cast<T*>(p.y)[(first + i) * p.y_stride + row + r]);
+            const float result = L::total(sum) * scale + bias;
+            if (first + i < p.batch) write(&result, 1, 1.0f, p.y, (first + i) * p.y_stride + row + r, p.type);
         }
     }
 }
@@ -129,7 +139,7 @@ static void expand_rows(const Product& p, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const T* values = row_values<T>(p, row);
         const uint8_t* mask = p.mask + row * words_of(p.cols) * 8;
-        T* y = static_cast<T*>(p.y) + row * p.y_stride;
+        const float scale = unit(p, row);
         for (int64_t column = 0; column < p.cols; column += 64) {
             uint64_t word = load_word(mask + size_t(column) / 8);
             prefetch(values, sizeof(T));
@@ -137,10 +147,16 @@ static void expand_rows(const Product& p, int64_t first, int64_t last) {
             for (int64_t start = column; start < column + 64; start += L::width) {
                 uint64_t bits = word & low_bits(L::width);
                 auto vector = L::expand(values, bits);
-                if (start + L::width <= p.cols)
-                    L::store(y + start, vector);
-                else if (start < p.cols)
-                    L::store_first(y + start, vector, p.cols - start);
+                const int64_t left = p.cols - start, at = row * p.y_stride + start;
+                if constexpr (sizeof(T) == 1) {
+                    float columns[L::width];
+                    memcpy(static_cast<void*>(columns), &vector, sizeof columns);
+                    if (left > 0) write(columns, left < L::width ? left : L::width, scale, p.y, at, p.type);
+                } else if (left >= L::width) {
+                    L::store(static_cast<T*>(p.y) + at, vector);
+                } else if (left > 0) {
+                    L::store_first(static_cast<T*>(p.y) + at, vector, left);
+                }
                 values += __builtin_popcountll(bits);
                 if (L::width < 64) word >>= L::width % 64;
             }
@@ -172,7 +188,12 @@ static void prepare(const void* x, int64_t x_stride, int64_t batch, int64_t cols
     }
 }
 
+// For x of type T, and values of the same type or int8, which sets provide whose operands are floats.
 template <class T>
 static Kernels kernels() {
     return {sizeof(typename Lanes<T>::Operand), true, MAX_TILE, prepare<T>, rows<T>, expand_rows<T>};
+}
+template <class T>
+static Kernels int8_kernels() {
+    return {sizeof(float), true, MAX_TILE, prepare<T>, rows<int8_t>, expand_rows<int8_t>};
 }

@@ -13,6 +13,8 @@ struct Lanes {
     };
     using Operand = float;
     static constexpr int width = 64;
+    static constexpr bool by_words = false;
+    using Word = uint64_t;
 
     static Sum zero() { return {Floats{0, 0, 0, 0}, Floats{0, 0, 0, 0}}; }
     static Vector load(const T* p) {

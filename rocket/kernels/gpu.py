@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap
+from rocket.kernels import bitmap, int8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,9 +75,16 @@ def _expand_block(row_values, taken, mask, rows, row_kept, step, words, BLOCK_RO
 
 
 @triton.jit
+def _units(scale, rows, exists):
+    """What one unit of each row's int8 values stands for."""
+    return tl.load(scale + rows, mask=exists, other=0.0).to(tl.float32) / 127.0
+
+
+@triton.jit
 def vector_kernel(
-    values, mask, offsets, x, bias, y, out, cols, words, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
+    values, mask, offsets, scale, x, bias, y, out, cols, words,
+    INT8: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """y [out] = S x + bias for one row of x; mask is int32 [out, words]."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = rows < out
@@ -90,6 +97,8 @@ def vector_kernel(
         operand = tl.load(x + column, mask=column < cols, other=0.0)
         total += block.to(tl.float32) * operand.to(tl.float32)[None, :]
     result = tl.sum(total, axis=1)
+    if INT8:
+        result *= _units(scale, rows, exists)
     if HAS_BIAS:
         result += tl.load(bias + rows, mask=exists, other=0.0).to(tl.float32)
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=exists)
@@ -97,8 +106,8 @@ def vector_kernel(
 
 @triton.jit(do_not_specialize=["batch"])
 def batch_kernel(
-    values, mask, offsets, x, bias, y, batch, out, cols, words,
-    HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
+    values, mask, offsets, scale, x, bias, y, batch, out, cols, words,
+    INT8: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y [batch, out] = x Sᵀ + bias for up to 16 rows of x, on tensor cores; BLOCK_ROWS >= 16."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -117,7 +126,9 @@ def batch_kernel(
         )
         if WIDEN:
             block, operand = block.to(tl.float32), operand.to(tl.float32)
-        total = tl.dot(block, operand, total, input_precision="ieee")
+        total = tl.dot(block.to(operand.dtype), operand, total, input_precision="ieee")
+    if INT8:
+        total *= _units(scale, rows, exists)[:, None]
     if HAS_BIAS:
         total += tl.load(bias + rows, mask=exists, other=0.0).to(tl.float32)[:, None]
     tl.store(
@@ -128,7 +139,7 @@ def batch_kernel(
 
 
 @triton.jit
-def expand_kernel(values, mask, offsets, dense, out, cols, words, BLOCK_ROWS: tl.constexpr):
+def expand_kernel(values, mask, offsets, scale, dense, out, cols, words, INT8: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """dense [out, cols] = S, zero where nothing is kept."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = rows < out
@@ -137,6 +148,8 @@ def expand_kernel(values, mask, offsets, dense, out, cols, words, BLOCK_ROWS: tl
     for step in range(tl.cdiv(cols, 256)):
         block, taken = _expand_block(row_values, taken, mask, rows, exists, step, words, BLOCK_ROWS)
         column = step * 256 + tl.arange(0, 256)
+        if INT8:
+            block = (block.to(tl.float32) * _units(scale, rows, exists)[:, None]).to(dense.dtype.element_ty)
         tl.store(
             dense + rows[:, None].to(tl.int64) * cols + column[None, :],
             block,
@@ -144,40 +157,50 @@ def expand_kernel(values, mask, offsets, dense, out, cols, words, BLOCK_ROWS: tl
         )
 
 
-def sparse_linear(x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, cols: int, bias: Tensor | None) -> Tensor:
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    cols: int,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """x Sᵀ + bias, summed in float32; arguments as for `ops.sparse_linear`, all but x contiguous."""
     batch, out = math.prod(x.shape[:-1]), mask.shape[0]
-    if batch > MAX_KERNEL_BATCH or values.dtype not in DTYPES or 0 in (batch, out, cols):
-        return F.linear(x, expand(values, mask, offsets, cols), bias)
+    if batch > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (batch, out, cols):
+        return F.linear(x, expand(values, mask, offsets, cols, scale), bias)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], out))
-    weights, sizes = (values, mask.view(torch.int32), offsets), (out, cols, mask.shape[1] // 4)
+    weights, sizes = (values, mask.view(torch.int32), offsets, scale), (out, cols, mask.shape[1] // 4)
+    given = {"INT8": scale is not None, "HAS_BIAS": bias is not None}
     with torch.cuda.device_of(x):
         if batch == 1:
             rows = ROWS_A_PROGRAM["vector"]
-            vector_kernel[(triton.cdiv(out, rows),)](
-                *weights, x, bias, y, *sizes, HAS_BIAS=bias is not None, BLOCK_ROWS=rows
-            )
+            vector_kernel[(triton.cdiv(out, rows),)](*weights, x, bias, y, *sizes, **given, BLOCK_ROWS=rows)
         else:
             rows = ROWS_A_PROGRAM["batch"]
             batch_kernel[(triton.cdiv(out, rows),)](
                 *(*weights, x, bias, y, batch, *sizes),
-                HAS_BIAS=bias is not None,
+                **given,
                 BLOCK_ROWS=rows,
                 WIDEN=INTERPRETED,
             )
     return y
 
 
-def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int) -> Tensor:
+def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
     """The dense [out, cols]; arguments as for `ops.expand`."""
-    out = mask.shape[0]
-    if values.dtype not in DTYPES or 0 in (out, cols):
-        return bitmap.unpack(values, mask, cols)
-    dense = values.new_empty((out, cols))
+    out, dtype = mask.shape[0], values.dtype if scale is None else scale.dtype
+    if dtype not in DTYPES or 0 in (out, cols):
+        dense = bitmap.unpack(values, mask, cols)
+        return dense if scale is None else int8.dequantize(dense, scale)
+    dense = values.new_empty((out, cols), dtype=dtype)
     rows = ROWS_A_PROGRAM["expand"]
     with torch.cuda.device_of(values):
         expand_kernel[(triton.cdiv(out, rows),)](
-            values, mask.view(torch.int32), offsets, dense, out, cols, mask.shape[1] // 4, BLOCK_ROWS=rows
+            *(values, mask.view(torch.int32), offsets, scale, dense, out, cols, mask.shape[1] // 4),
+            INT8=scale is not None,
+            BLOCK_ROWS=rows,
         )
     return dense

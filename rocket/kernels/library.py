@@ -23,7 +23,7 @@ PATH_VARIABLE = "ROCKET_KERNEL"
 """Environment variable that forces one of `PATHS`, or `torch`: no compiled kernel at all."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Value types that the kernels know, as `Type` in cpu.cpp numbers them."""
+"""Types of x that the kernels know, as `Type` in cpu_common.h numbers them. Values are of the same type, or int8."""
 
 _STATUS = {
     1: "offsets and values disagree: offsets must be row_offsets(mask), and its last entry the number of values",
@@ -33,8 +33,9 @@ _STATUS = {
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _CHOICE = (_INT, _INT, _INT)  # path, type, threads
-_DENSE = (_POINTER, _LONG, _LONG)  # pointer and two sizes: x, batch, columns, or weight, rows, columns
-_SPARSE = (_POINTER, _POINTER, _POINTER, _LONG, _LONG)  # values, mask, offsets, number of values, rows
+_INPUTS = (_POINTER, _LONG, _LONG)  # x, batch, columns
+_DENSE = (_POINTER, _POINTER, _LONG)  # values, scale or null, rows
+_SPARSE = (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG)  # values, scale, mask, offsets, values' number, rows
 _PARTS = (_POINTER, _LONG)  # an array of `SparsePart`, see `parts`, and its length
 _RESULT = (_POINTER, _POINTER)  # bias or null, y
 
@@ -79,9 +80,9 @@ def open_kernels(file: Path, wanted: str | None = None) -> Kernels:
     return Kernels(
         path=PATHS.index(wanted or available[-1]),
         available=available,
-        dense_linear=function("rocket_dense_linear", *_DENSE, _POINTER, _LONG, *_RESULT),
-        sparse_linears=function("rocket_sparse_linears", *_DENSE, *_PARTS),
-        factor_linear=function("rocket_factor_linear", *_DENSE, _POINTER, _LONG, *_SPARSE, *_RESULT),
+        dense_linear=function("rocket_dense_linear", *_INPUTS, *_DENSE, *_RESULT),
+        sparse_linears=function("rocket_sparse_linears", *_INPUTS, *_PARTS),
+        factor_linear=function("rocket_factor_linear", *_INPUTS, *_DENSE, *_SPARSE, *_RESULT),
         expand=function("rocket_expand", *_SPARSE, _LONG, _POINTER),
     )
 
@@ -108,7 +109,7 @@ def load() -> Kernels | None:
 
 
 def parts(fields: Sequence[int]) -> Any:
-    """The C array of `SparsePart` with these fields, seven a part: values, mask, offsets, nnz, rows, bias, y."""
+    """The C array of `SparsePart` with these fields, eight a part: values, scale, mask, offsets, nnz, rows, bias, y."""
     return (_LONG * len(fields))(*fields)
 
 

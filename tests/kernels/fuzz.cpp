@@ -43,6 +43,8 @@ private:
     char *start_, *data_;
 };
 
+static void from_float(float value, int8_t& result) { result = int8_t(std::fmin(127.0f, std::fmax(-127.0f, 40 * value))); }
+
 template <class T>
 static void fill(T* values, int64_t count) {
     std::normal_distribution<float> normal;
@@ -73,13 +75,20 @@ static bool close(const T* y, const T* x, const std::vector<float>& weight, cons
     return true;
 }
 
-template <class T>
+// T: the type of x; V: that of the values.
+template <class T, class V>
 static void round(int path, int type, bool guarded, double tolerance) {
+    constexpr bool INT8 = sizeof(V) == 1;
     const int64_t rows = between(1, 90), cols = between(1, 300), in = between(1, 150), batch = between(0, 20);
     const double density = double(between(0, 4)) / 4;
     const int threads = int(between(1, 3));
+    const int64_t item = sizeof(T);
     Buffer mask(rows * words_of(cols) * 8, guarded), offsets((rows + 1) * 8, guarded);
-    std::vector<T> kept;
+    Buffer scales(rows * item, guarded), units(cols * item, guarded);
+    fill(scales.as<T>(), rows);
+    fill(units.as<T>(), cols);
+    const T *scale = INT8 ? scales.as<T>() : nullptr, *dictionary_scale = INT8 ? units.as<T>() : nullptr;
+    std::vector<V> kept;
     std::vector<float> weight(size_t(rows * cols), 0.0f);
     memset(mask.as<char>(), 0, size_t(rows * words_of(cols) * 8));
     for (int64_t r = 0; r < rows; r++) {
@@ -87,33 +96,38 @@ static void round(int path, int type, bool guarded, double tolerance) {
         for (int64_t c = 0; c < cols; c++) {
             if (std::uniform_real_distribution<>()(generator) >= density) continue;
             mask.as<uint8_t>()[r * words_of(cols) * 8 + c / 8] |= uint8_t(1 << c % 8);
-            T value;
+            V value;
             fill(&value, 1);
             kept.push_back(value);
-            weight[size_t(r * cols + c)] = to_float(value);
+            weight[size_t(r * cols + c)] = to_float(value) * (INT8 ? to_float(scale[r]) / 127 : 1);
         }
     }
-    const int64_t nnz = int64_t(kept.size()), item = sizeof(T);
+    const int64_t nnz = int64_t(kept.size());
     offsets.as<int64_t>()[rows] = nnz;
-    Buffer values(nnz * item, guarded), x(batch * cols * item, guarded), u(batch * in * item, guarded);
-    Buffer bias(rows * item, guarded), dictionary(cols * in * item, guarded), dense(rows * cols * item, guarded);
+    Buffer values(nnz * int64_t(sizeof(V)), guarded), x(batch * cols * item, guarded), u(batch * in * item, guarded);
+    Buffer bias(rows * item, guarded), dictionary(cols * in * int64_t(sizeof(V)), guarded);
+    Buffer expanded(rows * cols * item, guarded), dense(rows * cols * int64_t(sizeof(V)), guarded);
     Buffer y(batch * rows * item, guarded), z(batch * rows * item, guarded), h(batch * cols * item, guarded);
-    if (nnz) memcpy(values.as<char>(), kept.data(), size_t(nnz * item));
+    if (nnz) memcpy(values.as<char>(), kept.data(), size_t(nnz) * sizeof(V));
     fill(x.as<T>(), batch * cols);
     fill(u.as<T>(), batch * in);
     fill(bias.as<T>(), rows);
-    fill(dictionary.as<T>(), cols * in);
+    fill(dictionary.as<V>(), cols * in);
     T* b = between(0, 1) ? bias.as<T>() : nullptr;
 
-    int status = rocket_expand(path, type, threads, values.as<T>(), mask.as<uint8_t>(), offsets.as<int64_t>(), nnz,
-                               rows, cols, dense.as<T>());
+    int status = rocket_expand(path, type, threads, values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(),
+                               nnz, rows, cols, expanded.as<T>());
     bool same = status == OK;
-    for (int64_t i = 0; i < rows * cols; i++) same &= to_float(dense.as<T>()[i]) == weight[size_t(i)];
+    for (int64_t i = 0; i < rows * cols; i++) {
+        T expected;
+        from_float(weight[size_t(i)], expected);
+        same &= std::fabs(to_float(expanded.as<T>()[i]) - to_float(expected)) <= INT8 * tolerance * std::fabs(weight[size_t(i)]);
+    }
     expect(same, "expand", path, type, rows, cols, batch);
 
     // The whole matrix, and its first rows once more, as one product.
     const int64_t head = between(0, rows);
-    SparsePart whole{values.as<T>(), mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b, y.as<T>()};
+    SparsePart whole{values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b, y.as<T>()};
     SparsePart parts[]{whole, whole};
     parts[1].rows = head;
     parts[1].y = z.as<T>();
@@ -122,21 +136,26 @@ static void round(int path, int type, bool guarded, double tolerance) {
                close(z.as<T>(), x.as<T>(), weight, b, batch, cols, head, tolerance),
            "sparse_linears", path, type, rows, cols, batch);
 
-    status = rocket_dense_linear(path, type, threads, x.as<T>(), batch, cols, dense.as<T>(), rows, b, y.as<T>());
+    fill(dense.as<V>(), rows * cols);
+    for (int64_t i = 0; i < rows * cols; i++)
+        weight[size_t(i)] = to_float(dense.as<V>()[i]) * (INT8 ? to_float(scale[i / cols]) / 127 : 1);
+    status = rocket_dense_linear(path, type, threads, x.as<T>(), batch, cols, dense.as<V>(), scale, rows, b, y.as<T>());
     expect(status == OK && close(y.as<T>(), x.as<T>(), weight, b, batch, cols, rows, tolerance), "dense_linear", path,
            type, rows, cols, batch);
 
-    status = rocket_factor_linear(path, type, threads, u.as<T>(), batch, in, dictionary.as<T>(), cols, values.as<T>(),
-                                  mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b, y.as<T>());
-    status |= rocket_dense_linear(path, type, 1, u.as<T>(), batch, in, dictionary.as<T>(), cols, nullptr, h.as<T>());
+    status = rocket_factor_linear(path, type, threads, u.as<T>(), batch, in, dictionary.as<V>(), dictionary_scale, cols,
+                                  values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b,
+                                  y.as<T>());
+    status |= rocket_dense_linear(path, type, 1, u.as<T>(), batch, in, dictionary.as<V>(), dictionary_scale, cols,
+                                  nullptr, h.as<T>());
     whole.y = z.as<T>();
     status |= rocket_sparse_linears(path, type, 1, h.as<T>(), batch, cols, &whole, 1);
     same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
     expect(same, "factor_linear", path, type, rows, cols, batch);
 
     if (nnz)
-        expect(rocket_expand(path, type, 1, values.as<T>(), mask.as<uint8_t>(), offsets.as<int64_t>(), nnz - 1, rows,
-                             cols, dense.as<T>()) == BAD_OFFSETS,
+        expect(rocket_expand(path, type, 1, values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz - 1,
+                             rows, cols, expanded.as<T>()) == BAD_OFFSETS,
                "the check of offsets", path, type, rows, cols, batch);
 }
 
@@ -144,9 +163,12 @@ int main() {
     int rounds = 0;
     for (int path = 0; path < PATHS; path++)
         for (int i = 0; i < 60 && available(path); i++, rounds++) {
-            round<float>(path, FP32, i % 2, 1e-5);
-            round<bf16>(path, BF16, i % 2, 8e-3);
-            round<fp16>(path, FP16, i % 2, 1e-3);
+            round<float, float>(path, FP32, i % 2, 1e-5);
+            round<bf16, bf16>(path, BF16, i % 2, 8e-3);
+            round<fp16, fp16>(path, FP16, i % 2, 1e-3);
+            round<float, int8_t>(path, FP32, i % 2, 1e-5);
+            round<bf16, int8_t>(path, BF16, i % 2, 8e-3);
+            round<fp16, int8_t>(path, FP16, i % 2, 1e-3);
         }
     printf("%d rounds on %x paths: no fault\n", rounds, unsigned(rocket_paths()));
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap, ops
+from rocket.kernels import bitmap, int8, ops
 
 pytest.importorskip("triton", reason="triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,7 +18,9 @@ BATCHES = [(1, 0.5), (2, 0.3), (16, 0.7), (17, 1.0)]
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2 ** -(7 if INTERPRETED else 8) * 1.01, torch.float16: 2**-11 * 1.01}
 
 
-def check_products(shape: tuple[int, int], dtype: torch.dtype, batch: int, density: float, device: str) -> None:
+def check_products(
+    shape: tuple[int, int], dtype: torch.dtype, batch: int, density: float, device: str, quantized: bool
+) -> None:
     """The kernels themselves, on whatever device: `ops` would not send a CPU tensor to them."""
     from rocket.kernels import gpu
 
@@ -27,19 +29,28 @@ def check_products(shape: tuple[int, int], dtype: torch.dtype, batch: int, densi
     dense, keep = torch.randn(out, cols, device=device).to(dtype), torch.rand(out, cols, device=device) < density
     keep[out // 2] = False
     bias = torch.randn(out, device=device).to(dtype) if batch % 2 else None
+    weight, scale = torch.where(keep, dense, 0), None
     values, mask = bitmap.pack(dense, keep)
-    offsets, weight = bitmap.row_offsets(mask), torch.where(keep, dense, 0)
-    assert torch.equal(gpu.expand(values, mask, offsets, cols), weight)
+    offsets = bitmap.row_offsets(mask)
+    if quantized:
+        whole, scale = int8.quantize(weight.float(), dtype)
+        values, weight = bitmap.pack(whole, keep)[0], whole.double() * (scale.double() / 127)[:, None]
+        torch.testing.assert_close(
+            gpu.expand(values, mask, offsets, cols, scale).double(), weight, rtol=DTYPES[dtype], atol=1e-6
+        )
+    else:
+        assert torch.equal(gpu.expand(values, mask, offsets, cols), weight)
 
     x = torch.randn(batch, cols, device=device).to(dtype)
-    y = gpu.sparse_linear(x, values, mask, offsets, cols, bias)
+    y = gpu.sparse_linear(x, values, mask, offsets, cols, bias, scale)
     wide = [None if t is None else t.double() for t in (x, weight, bias)]
     expected, size = F.linear(*wide), F.linear(*(None if t is None else t.abs() for t in wide))
-    assert torch.all((y.double() - expected).abs() <= DTYPES[dtype] * size + torch.finfo(dtype).tiny)
+    roundings = 2 if quantized and batch > gpu.MAX_KERNEL_BATCH else 1  # of the expanded weights, too
+    assert torch.all((y.double() - expected).abs() <= roundings * DTYPES[dtype] * size + torch.finfo(dtype).tiny)
 
     x[0, -1] = float("nan")
-    y = gpu.sparse_linear(x, values, mask, offsets, cols, bias)
-    assert torch.equal(y.isnan(), F.linear(x, weight, bias).isnan())
+    y = gpu.sparse_linear(x, values, mask, offsets, cols, bias, scale)
+    assert torch.equal(y.isnan(), F.linear(x, weight.to(dtype), bias).isnan())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the inner run")
@@ -54,14 +65,16 @@ def test_interpreted() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "density"), BATCHES)
-def test_products(shape: tuple[int, int], dtype: torch.dtype, batch: int, density: float) -> None:
-    check_products(shape, dtype, batch, density, "cpu")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_products(shape: tuple[int, int], dtype: torch.dtype, batch: int, density: float, quantized: bool) -> None:
+    check_products(shape, dtype, batch, density, "cpu", quantized)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (80, "fp16"), (90, "fp32")])
 @pytest.mark.parametrize("name", ["vector", "batch", "expand"])
-def test_compiles_without_a_gpu(name: str, dtype: str, capability: int) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_compiles_without_a_gpu(name: str, dtype: str, capability: int, quantized: bool) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,8 +82,13 @@ def test_compiles_without_a_gpu(name: str, dtype: str, capability: int) -> None:
     from rocket.kernels import gpu
 
     kernel = getattr(gpu, f"{name}_kernel")
-    constants = {"HAS_BIAS": True, "WIDEN": False, "BLOCK_ROWS": gpu.ROWS_A_PROGRAM[name]}
-    types = {"mask": "*i32", "offsets": "*i64", **dict.fromkeys(("batch", "out", "cols", "words"), "i32")}
+    constants = {"INT8": quantized, "HAS_BIAS": True, "WIDEN": False, "BLOCK_ROWS": gpu.ROWS_A_PROGRAM[name]}
+    types = {
+        "values": "*i8" if quantized else f"*{dtype}",
+        "mask": "*i32",
+        "offsets": "*i64",
+        **dict.fromkeys(("batch", "out", "cols", "words"), "i32"),
+    }
     signature = {a: "constexpr" if a in constants else types.get(a, f"*{dtype}") for a in kernel.arg_names}
     constants = {a: value for a, value in constants.items() if a in signature}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -83,8 +101,9 @@ def test_compiles_without_a_gpu(name: str, dtype: str, capability: int) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (1536, 576), (2048, 8192)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "density"), BATCHES)
-def test_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype, batch: int, density: float) -> None:
-    check_products(shape, dtype, batch, density, "cuda")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_on_a_gpu(shape: tuple[int, int], dtype: torch.dtype, batch: int, density: float, quantized: bool) -> None:
+    check_products(shape, dtype, batch, density, "cuda", quantized)
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rocket.config.errors import RocketError
-from rocket.kernels import bitmap, library, ops
+from rocket.kernels import bitmap, int8, library, ops
 
 # Relative to the sum of absolute products: float32 as promised, else half a unit in the last place and its summation.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01}
@@ -37,6 +37,20 @@ def forced(path: str) -> Iterator[None]:
             yield
         finally:
             library.load.cache_clear()
+
+
+class Quantized(NamedTuple):
+    """A matrix in int8: dense, packed where ``keep`` says, and what it stands for, in float64."""
+
+    values: Tensor
+    packed: Tensor
+    scale: Tensor
+    exact: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor, keep: Tensor, dtype: torch.dtype) -> "Quantized":
+        values, scale = int8.quantize(torch.where(keep, dense.float(), 0), dtype)
+        return cls(values, bitmap.pack(values, keep)[0], scale, values.double() * (scale.double() / 127)[:, None])
 
 
 class Sparse(NamedTuple):
@@ -99,6 +113,38 @@ def test_products_agree_with_the_dense_ones(
         assert_product(fused, hidden, weight, bias)
         if path != "torch":
             assert torch.equal(fused, ops.sparse_linear(hidden, *sparse, keep.shape[1], bias))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(case=products())
+@settings(max_examples=60, deadline=None)
+def test_products_of_int8_agree_with_the_dense_ones(
+    path: str, case: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+) -> None:
+    x, dictionary, dense, keep, bias = case
+    mask, cols = bitmap.pack_mask(keep), keep.shape[1]
+    offsets = bitmap.row_offsets(mask)
+    weight, atoms = (
+        Quantized.of(dense, keep, x.dtype),
+        Quantized.of(dictionary, torch.ones_like(dictionary, dtype=torch.bool), x.dtype),
+    )
+    with forced(path):
+        expanded = ops.expand(weight.packed, mask, offsets, cols, weight.scale)
+        assert expanded.dtype == x.dtype
+        torch.testing.assert_close(expanded.double(), weight.exact, rtol=TOLERANCE[x.dtype], atol=1e-7)
+        packed = (weight.packed, mask, offsets)
+        sparse = ops.sparse_linear(x, *packed, cols, bias, weight.scale)
+        # Rows that torch multiplies are rounded on the way from int8, too.
+        rounded = library.load() is None or math.prod(x.shape[:-1]) > ops.MAX_KERNEL_BATCH
+        exact = expanded if rounded else weight.exact
+        assert_product(sparse, x, exact, bias)
+        assert_product(ops.dense_linear(x, weight.values, bias, weight.scale), x, exact, bias)
+        u = torch.randn(*x.shape[:-1], dictionary.shape[1]).to(x.dtype)
+        hidden = ops.dense_linear(u, atoms.values, None, atoms.scale)
+        fused = ops.factor_linear(u, atoms.values, *packed, bias, atoms.scale, weight.scale)
+        assert_product(fused, hidden, exact, bias)
+        both = ops.sparse_linears(x, *([part, part] for part in packed), cols, [bias, None], [weight.scale] * 2)
+        assert torch.equal(both[0], sparse)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -179,7 +225,7 @@ def test_several_matrices_at_once(path: str, dtype: torch.dtype, batch: int, thr
     try:
         torch.set_num_threads(threads)
         with forced(path):
-            outputs = ops.sparse_linears(x, values, masks, offsets, 130, biases)
+            outputs = ops.sparse_linears(x, values, masks, offsets, 130, biases, [None] * 4)
             for y, sparse, bias in zip(outputs, packed, biases, strict=True):
                 assert torch.equal(y, ops.sparse_linear(x, *sparse, 130, bias))
     finally:
@@ -213,10 +259,28 @@ def test_opcheck(batch: int, bias: Tensor | None) -> None:
     sparse = Sparse.of(dense, torch.rand(6, 70) < 0.5)
     for op, arguments in (
         (torch.ops.rocket.sparse_linear, (x, *sparse, 70, bias)),
-        (torch.ops.rocket.sparse_linears, (x, *([part, part] for part in sparse), 70, [bias, None])),
+        (torch.ops.rocket.sparse_linears, (x, *([part, part] for part in sparse), 70, [bias, None], [None, None])),
         (torch.ops.rocket.factor_linear, (x[..., :5], dictionary, *sparse, bias)),
         (torch.ops.rocket.dense_linear, (x, dense, bias)),
         (torch.ops.rocket.expand, (*sparse, 70)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("bias", [None, torch.randn(6)])
+def test_opcheck_of_int8(batch: int, bias: Tensor | None) -> None:
+    keep, x = torch.rand(6, 70) < 0.5, torch.randn(batch, 2, 70)
+    weight = Quantized.of(torch.randn(6, 70), keep, torch.float32)
+    atoms = Quantized.of(torch.randn(70, 5), torch.ones(70, 5, dtype=torch.bool), torch.float32)
+    mask = bitmap.pack_mask(keep)
+    packed = (weight.packed, mask, bitmap.row_offsets(mask))
+    for op, arguments in (
+        (torch.ops.rocket.sparse_linear, (x, *packed, 70, bias, weight.scale)),
+        (torch.ops.rocket.sparse_linears, (x, *([part] for part in packed), 70, [bias], [weight.scale])),
+        (torch.ops.rocket.factor_linear, (x[..., :5], atoms.values, *packed, bias, atoms.scale, weight.scale)),
+        (torch.ops.rocket.dense_linear, (x, weight.values, bias, weight.scale)),
+        (torch.ops.rocket.expand, (*packed, 70, weight.scale)),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -242,8 +306,18 @@ def test_mistakes_are_told() -> None:
         ops.sparse_linear(torch.randn(1, 69), *sparse, 70)
     with pytest.raises(ValueError, match="the matrix needs"):
         ops.sparse_linear(torch.randn(1, 70).bfloat16(), *sparse, 70)
+    with pytest.raises(ValueError, match=r"values are torch.float32, their scale \[6\]: int8 needs a scale \[6\]"):
+        ops.sparse_linear(torch.randn(1, 70), *sparse, 70, None, torch.ones(6))
+    whole = torch.ones(6, 70, dtype=torch.int8)
+    for batch in (1, 20):
+        with pytest.raises(ValueError, match=r"their scale \[5\]: int8 needs a scale \[6\]"):
+            ops.dense_linear(torch.randn(batch, 70), whole, None, torch.ones(5))
     if _default is None:
         pytest.skip("the rest is checked on the way to the compiled kernels")
+    mixed = [sparse.values, torch.ones_like(sparse.values, dtype=torch.int8)]
+    others = ([sparse.mask] * 2, [sparse.offsets] * 2, 70, [None, None], [None, torch.ones(6)])
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        ops.sparse_linears(torch.randn(1, 70), mixed, *others)
     with pytest.raises(ValueError, match="mask is"):
         ops.expand(sparse.values, sparse.mask, sparse.offsets, 129)
     with pytest.raises(RuntimeError, match="offsets and values disagree"):

@@ -1,0 +1,37 @@
+"""The int8 format in plain torch: the reference that every kernel is tested against, on any device.
+
+A matrix whose values are int8 comes with `scale` [out], floating: what 127 stands for in each row, the largest
+magnitude there. It is stored rather than the step, scale / 127, because it lies in the range of the weights, and so
+survives float16 as well as they do.
+"""
+
+import torch
+from torch import Tensor
+
+STEPS = 127
+
+
+def quantize(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The nearest int8 matrix, row by row.
+
+    Args:
+        dense: [out, cols], finite.
+        dtype: what the scale is stored in. Values are rounded to the steps of the scale as stored.
+
+    Returns:
+        `(values, scale)`: int8 [out, cols] and `dtype` [out].
+
+    >>> values, scale = quantize(torch.tensor([[1.0, -0.5, 0.0]]), torch.float32)
+    >>> values, scale
+    (tensor([[127, -64,    0]], dtype=torch.int8), tensor([1.]))
+    """
+    largest = dense.abs().amax(dim=1) if dense.numel() else dense.new_zeros(len(dense))
+    scale = largest.to(dtype)
+    step = scale.to(dense.dtype) / STEPS
+    steps = dense / torch.where(step > 0, step, 1).unsqueeze(1)
+    return steps.round().clamp(-STEPS, STEPS).to(torch.int8), scale
+
+
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """The matrix [out, cols] that int8 values and their scale stand for, in the type of the scale."""
+    return (values * (scale.float() / STEPS).unsqueeze(1)).to(scale.dtype)

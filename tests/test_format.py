@@ -14,6 +14,7 @@ import rocket
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.nn import LAYERS, CompressedLinear
 
+KINDS = [*(form for form in LAYERS if form != "dense"), *(f"{form} int8" for form in LAYERS)]
 DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
 
 
@@ -27,7 +28,7 @@ def reader():
 
 @pytest.fixture(scope="module")
 def compressed():
-    """A tiny model with every form in it, biases, and widths that are no multiples of 64."""
+    """A tiny model with every form in it, in both precisions, biases, and widths that are no multiples of 64."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -44,12 +45,12 @@ def compressed():
         model,
         torch.randint(64, (16, 32)),
         calib=CalibConfig(sensitivity_samples=4),
-        profiling=ProfilingConfig(forms=list(LAYERS), removed_ratios=[0.3, 0.5]),
+        profiling=ProfilingConfig(forms=list(LAYERS), removed_ratios=[0.3, 0.5], precisions=["float", "int8"]),
     )
-    forms = cycle(LAYERS)
+    labels = cycle(KINDS)
     choices = {
-        profile.layer: next(option for option in profile.options if option.form == form)
-        for profile, form in zip(planner.profiles, forms, strict=False)
+        profile.layer: next(option for option in profile.options if option.label == label)
+        for profile, label in zip(planner.profiles, labels, strict=False)
     }
     return rocket.compress(model, replace(planner.at(removed_ratio=0.3), choices=choices))
 
@@ -59,7 +60,9 @@ def test_documented_reader_agrees_with_the_layers(reader, compressed, dtype, tmp
     copy.deepcopy(compressed).to(dtype).save_pretrained(tmp_path)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     layers = {name: module for name, module in opened.named_modules() if isinstance(module, CompressedLinear)}
-    assert {layer.form for layer in layers.values()} == set(LAYERS)
+    assert {(layer.form, layer.spec.precision) for layer in layers.values()} == {
+        (label.partition(" ")[0], "int8" if label.endswith("int8") else "float") for label in KINDS
+    }
     for name, layer in layers.items():
         weight = reader(str(tmp_path), name)
         torch.testing.assert_close(weight, layer.float().dense_weight())

@@ -79,10 +79,10 @@ class Plan:
         return 1.0 - self.bytes / self.size.bytes
 
     def forms(self) -> dict[str, int]:
-        """How many layers take each form."""
+        """How many layers take each form, those in int8 told apart."""
         counts: dict[str, int] = {}
         for option in self.choices.values():
-            counts[option.form] = counts.get(option.form, 0) + 1
+            counts[option.label] = counts.get(option.label, 0) + 1
         return counts
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rocket.config.errors import RocketError
 from rocket.models import is_streamed, make_linear, releasing, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
+from rocket.nn.layers import VALUES
 
 SHARD, STREAMED_SHARD = "5GB", "1GB"
 
@@ -75,12 +76,13 @@ def _merged(module: CompressedLinear) -> nn.Module:
 
 
 def stored_values(directory: Path, layers: Mapping[str, object]) -> int:
-    """Stored values of the compressed ``layers``, recounted from the tensors on disk, biases and masks left out."""
+    """Stored values of the compressed ``layers``, recounted from the tensors on disk; biases, masks and scales do not
+    count."""
     total = 0
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 (no mapping)
                 layer, _, tensor = key.rpartition(".")
-                if layer in layers and tensor not in ("bias", "mask"):
+                if layer in layers and tensor in VALUES:
                     total += int(torch.Size(handle.get_slice(key).get_shape()).numel())
     return total

@@ -13,7 +13,7 @@ from rocket.allocation import Plan
 from rocket.calib import Calibration
 from rocket.config.errors import RocketError, first_line
 from rocket.factorization.problem import LayerProblem
-from rocket.forms import FORMS, Option
+from rocket.forms import Option, build
 from rocket.models import ExpertLinears, LinearLayer, features_of, is_streamed, unstack_experts, weight_of
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.layers import empty_layer
@@ -67,7 +67,7 @@ def compress(
 
 def compressed_layers(plan: Plan) -> dict[str, Option]:
     """The layers that do not stay dense. Raises RocketError if all do."""
-    chosen = {name: option for name, option in plan.choices.items() if option.form != "dense"}
+    chosen = {name: option for name, option in plan.choices.items() if not option.is_original}
     if not chosen:
         raise RocketError("the plan leaves every layer dense; there is nothing to compress")
     return chosen
@@ -87,7 +87,10 @@ def build_tensors(
             raise ValueError(
                 f"the plan counts {option.parameters} values where its rank and nnz make {layer.stored_values()}"
             )
-        state = FORMS[option.form].build(problem, option, plan.profiling)
+        scales = sum(tensor.numel() for name, tensor in layer.named_parameters() if name.endswith("_scale"))
+        if scales != option.scales:
+            raise ValueError(f"the plan counts {option.scales} scales where its form and rank make {scales}")
+        state = build(problem, option, plan.profiling, linear.weight.dtype)
     except ValueError as error:
         raise RocketError(f"{name}: {error}") from error
     return {

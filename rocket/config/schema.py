@@ -133,6 +133,11 @@ class ProfilingConfig(Section):
         default_factory=lambda: ["low_rank", "dictionary", "sparse"],
         description="What a layer may become, beside staying dense: low_rank, dictionary, sparse.",
     )
+    precisions: Annotated[list[Literal["float", "int8"]], Field(min_length=1)] = Field(
+        default=["float"],
+        description="How the values of a layer may be stored: float (in the model's type), int8 (with a scale for each "
+        "row). With both, a budget of bytes chooses; the other budgets count values, whatever their size.",
+    )
     cost: Literal["weight", "activation", "loss"] = Field(
         "loss",
         description="weight: relative weight error (the paper). activation: relative output error. loss: predicted "

@@ -5,9 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from rocket.config.errors import RocketError
+from rocket.config.schema import ProfilingConfig
+from rocket.factorization.problem import LayerProblem
 from rocket.forms import dense, dictionary, low_rank, sparse
 from rocket.forms.base import Form, Option
+from rocket.forms.precision import in_int8, quantize_state
 
 FORMS: dict[str, Form] = {
     "dense": dense,
@@ -27,4 +33,25 @@ def select_forms(names: Sequence[str]) -> list[Form]:
     return [FORMS[name] for name in dict.fromkeys(["dense", *names])]
 
 
-__all__ = ["FORMS", "Form", "Option", "select_forms"]
+def options_of(problem: LayerProblem, forms: Sequence[Form], settings: ProfilingConfig) -> tuple[Option, ...]:
+    """All options of a layer, form by form, each with the precisions that the settings allow."""
+    found: list[Option] = []
+    for form in forms:
+        options = list(form.options(problem, settings))
+        if "float" in settings.precisions:
+            found += options
+        if "int8" in settings.precisions:
+            found += in_int8(form, options, problem, settings)
+    return tuple(found)
+
+
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of the layer that an option makes, under the names of its class in `rocket.nn`.
+
+    In float64; or, of an int8 option, int8 with scales of type ``dtype``.
+    """
+    state = FORMS[option.form].build(problem, option, settings)
+    return quantize_state(state, option.rank or problem.in_features, dtype) if option.scales else state
+
+
+__all__ = ["FORMS", "Form", "Option", "build", "options_of", "select_forms"]

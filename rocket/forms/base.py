@@ -13,7 +13,7 @@ from rocket.config.records import Cost, Whole
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
 from rocket.kernels import bitmap
-from rocket.nn import LayerSpec
+from rocket.nn import LayerSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Option:
 
     ``parameters`` counts stored values as the paper does: dictionary entries and kept coefficients. ``mask_bits`` are
     the positions of the bit mask that comes with them (rows padded to 64 bits). ``cost`` is in the units of the
-    profile's cost (`factorization.problem`). ``rank`` and ``nnz`` are as in `LayerSpec`.
+    profile's cost (`factorization.problem`). ``rank`` and ``nnz`` are as in `LayerSpec`. ``scales`` are the rows whose
+    values are int8, each with a scale in the model's type; 0 where the values themselves are in it.
     """
 
     form: str
@@ -31,14 +32,34 @@ class Option:
     cost: Cost
     rank: Whole = 0
     nnz: Whole = 0
+    scales: Whole = 0
+
+    @property
+    def precision(self) -> Precision:
+        return "int8" if self.scales else "float"
+
+    @property
+    def label(self) -> str:
+        """The form and, where it is not the model's own, the type of its values.
+
+        >>> Option("sparse", 12, 64, cost=0.0, nnz=12, scales=3).label, Option("dense", 12, 0, cost=0.0).label
+        ('sparse int8', 'dense')
+        """
+        return f"{self.form} int8" if self.scales else self.form
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the layer stays what it is."""
+        return self.form == "dense" and not self.scales
 
     def bytes(self, itemsize: int) -> int:
-        """Bytes of the stored tensors when values take ``itemsize`` bytes each."""
-        return self.parameters * itemsize + self.mask_bits // 8
+        """Bytes of the stored tensors when a value of the model's type takes ``itemsize`` bytes."""
+        values = self.parameters + self.scales * itemsize if self.scales else self.parameters * itemsize
+        return values + self.mask_bits // 8
 
     def spec(self, in_features: int, out_features: int, input_group: str) -> LayerSpec:
         """What config.json will say of a layer of these features stored so."""
-        return LayerSpec(self.form, in_features, out_features, self.rank, self.nnz, input_group)
+        return LayerSpec(self.form, in_features, out_features, self.rank, self.nnz, input_group, self.precision)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

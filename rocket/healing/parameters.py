@@ -31,7 +31,7 @@ class MaskedLowRank(nn.Module):
     def __init__(self, layer: CompressedLinear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         weight = layer.get_parameter("weight")
-        packed = "mask" in layer.tensors
+        packed = layer.is_sparse
         columns = layer.mask_columns if packed else weight.shape[1]
         rank = min(rank, columns, layer.out_features)
         down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)

@@ -1,6 +1,15 @@
 """The layers that replace nn.Linear, and the plug-in by which transformers loads them."""
 
-from rocket.nn.layers import LAYERS, CompressedLinear, FactorizedLinear, LayerSpec, LowRankLinear, SparseLinear
+from rocket.nn.layers import (
+    LAYERS,
+    CompressedLinear,
+    FactorizedLinear,
+    LayerSpec,
+    LowRankLinear,
+    Precision,
+    QuantizedLinear,
+    SparseLinear,
+)
 from rocket.nn.optimize import explain, optimize
 from rocket.nn.quantizer import RocketConfig, RocketQuantizer, attach_quantizer, replace_module
 
@@ -10,6 +19,8 @@ __all__ = [
     "FactorizedLinear",
     "LayerSpec",
     "LowRankLinear",
+    "Precision",
+    "QuantizedLinear",
     "RocketConfig",
     "RocketQuantizer",
     "SparseLinear",

@@ -55,12 +55,13 @@ class SharedInput:
         """All outputs; None if there are too many rows of input, or a layer that cannot take part in the product."""
         if inputs.shape[:-1].numel() > ops.MAX_KERNEL_BATCH:
             return None
-        values, masks, offsets, biases = zip(*(layer.packed() for layer in self.layers), strict=True)
+        values, masks, offsets, biases, scales = zip(*(layer.packed() for layer in self.layers), strict=True)
         if any(tensor is None for tensor in offsets):
             return None
-        if any(tensor.dtype != inputs.dtype or tensor.device != inputs.device for tensor in values):
-            return None
-        return list(ops.sparse_linears(inputs, values, masks, offsets, self.layers[0].in_features, biases))
+        for value, scale in zip(values, scales, strict=True):
+            if (value if scale is None else scale).dtype != inputs.dtype or value.device != inputs.device:
+                return None
+        return list(ops.sparse_linears(inputs, values, masks, offsets, self.layers[0].in_features, biases, scales))
 
     def dissolve(self) -> None:
         """Let the layers go their own ways."""
@@ -87,7 +88,7 @@ def share_inputs(model: nn.Module) -> None:
             continue
         if "forward" in vars(module):
             continue
-        features = (module.in_features, module.weight.dtype, module.weight.device)
+        features = (module.in_features, module.weight.dtype, next(module.parameters()).dtype, module.weight.device)
         groups.setdefault((module.spec.input_group, *features), []).append(module)
     for layers in groups.values():
         if len(layers) > 1:

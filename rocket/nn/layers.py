@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap, macko, ops
+from rocket.kernels import bitmap, int8, macko, ops
 
 if TYPE_CHECKING:
     from rocket.nn.fuse import SharedInput
+
+
+Precision = Literal["float", "int8"]
+"""How values are stored: in the model's type, or as int8 with a scale for each row (`kernels.int8`)."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +35,46 @@ class LayerSpec:
     rank: int
     nnz: int
     input_group: str
+    precision: Precision = "float"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerSpec:
         """Read an entry of config.json. Raises ValueError if a field is missing, unknown or of the wrong type."""
-        expected = {field.name: str if field.name in ("form", "input_group") else int for field in fields(cls)}
-        if set(values) != set(expected) or any(type(values[key]) is not kind for key, kind in expected.items()):
-            raise ValueError(f"expected {', '.join(expected)}, got {dict(values)!r:.200}")
-        return cls(**values)
+        kinds = {"form": str, "in_features": int, "out_features": int, "rank": int, "nnz": int, "input_group": str}
+        given = {"precision": "float", **values}
+        if set(given) != {*kinds, "precision"} or any(type(given[key]) is not kind for key, kind in kinds.items()):
+            raise ValueError(f"expected {', '.join(kinds)}, got {dict(values)!r:.200}")
+        if given["precision"] not in get_args(Precision):
+            raise ValueError(f"precision {given['precision']!r:.80}: there are {', '.join(get_args(Precision))}")
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The entry; ``precision`` is left out where it is ``float``."""
+        values = asdict(self)
+        if self.precision == "float":
+            del values["precision"]
+        return values
 
 
 class CompressedLinear(nn.Module):
     """y = W x + b with W [out, in] in a compressed form.
 
-    ``tensors`` are the names under which a subclass stores W: parameters, and ``mask`` where it is sparse.
-    ``mask_columns`` are the columns of that mask that are not padding. ``uses_kernels`` tells whether products go
-    through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took. ``macko`` is the sparse
-    matrix in MACKO's format too, where that backend was asked for (`use_macko`).
+    ``dictionary`` [rank, in] and ``weight`` are the matrices that make up W, those of the form; ``mask`` is there where
+    ``weight`` is sparse, with ``mask_columns`` columns that are not padding. Values are parameters, or, with the
+    precision int8, buffers, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] are parameters. ``uses_kernels``
+    tells whether products go through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took.
+    ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
     """
 
     form: str
-    tensors: tuple[str, ...]
     mask_columns: int = 0
     uses_kernels: bool = False
     replaces: type[nn.Module] = nn.Linear
     macko: macko.Packed | None = None
+    weight: Tensor
+    dictionary: Tensor
+    weight_scale: nn.Parameter | None
+    dictionary_scale: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
@@ -71,6 +87,10 @@ class CompressedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.out_features)) if bias else None)
 
     @property
+    def is_sparse(self) -> bool:
+        return self.mask_columns > 0
+
+    @property
     def offsets(self) -> Tensor | None:
         """Where the rows of the sparse matrix begin, while the layer multiplies by kernels; never saved."""
         return self._buffers.get("row_offsets")
@@ -80,7 +100,7 @@ class CompressedLinear(nn.Module):
         self.uses_kernels = wanted
         self.macko = None
         self._buffers.pop("row_offsets", None)
-        if wanted and "mask" in self.tensors:
+        if wanted and self.is_sparse:
             self.register_buffer("row_offsets", bitmap.row_offsets(self.get_buffer("mask")), persistent=False)
 
     def _by_kernels(self, inputs: Tensor) -> bool:
@@ -89,10 +109,9 @@ class CompressedLinear(nn.Module):
 
     def use_macko(self) -> None:
         """Multiply single rows of input by MACKO's kernel, where `macko.fits` the layer's values."""
-        if "mask" in self.tensors and macko.fits(self.get_parameter("weight")):
+        if self.is_sparse and macko.fits(self.weight):
             with torch.no_grad():
-                matrix = _expand(self.get_parameter("weight"), self.get_buffer("mask"), self.mask_columns)
-                self.macko = macko.compress(matrix)
+                self.macko = macko.compress(self.matrix("weight"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Another device or type: what `use_macko` made of the tensors is left behind."""
@@ -106,13 +125,33 @@ class CompressedLinear(nn.Module):
         if self.uses_kernels:
             self.use_kernels()
 
+    def _store(self, name: str, rows: int, *shape: int) -> None:
+        """Make the tensors for the values of ``weight`` or ``dictionary``, a matrix of so many rows."""
+        quantized = self.spec.precision == "int8"
+        if quantized:
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8))
+        else:
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.register_parameter(f"{name}_scale", nn.Parameter(torch.zeros(rows)) if quantized else None)
+
     def _store_sparse(self, columns: int) -> None:
         """Make ``weight`` and ``mask`` for a sparse matrix [out, columns]."""
         _check(0 <= self.spec.nnz <= self.out_features * columns, self.spec, "nnz")
         self.mask_columns = columns
-        self.weight = nn.Parameter(torch.zeros(self.spec.nnz))
+        self._store("weight", self.out_features, self.spec.nnz)
         mask = torch.zeros(self.out_features, bitmap.mask_bytes(columns), dtype=torch.uint8)
         self.register_buffer("mask", mask)
+
+    def matrix(self, name: str) -> Tensor:
+        """``weight`` or ``dictionary`` as a dense floating matrix, differentiable in its values where they float."""
+        values, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        if name == "weight" and self.is_sparse:
+            mask = self.get_buffer("mask")
+            device = values.device.type
+            if scale is None and torch.is_autocast_enabled(device):
+                values = values.to(torch.get_autocast_dtype(device))  # or the product rounds all, zeros too
+            return ops.expand(values, mask, bitmap.row_offsets(mask), self.mask_columns, scale)
+        return values if scale is None else int8.dequantize(values, scale)
 
     def dense_weight(self) -> Tensor:
         """W [out, in], multiplied out."""
@@ -120,35 +159,61 @@ class CompressedLinear(nn.Module):
 
     def stored_values(self) -> int:
         """Stored numbers that make up W: dictionary entries and kept coefficients."""
-        return sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
+        return sum(getattr(self, name).numel() for name in VALUES if hasattr(self, name))
 
     def extra_repr(self) -> str:
         spec = self.spec
         return (
-            f"{self.in_features}, {self.out_features}, rank={spec.rank}, nnz={spec.nnz}, bias={self.bias is not None}"
+            f"{self.in_features}, {self.out_features}, rank={spec.rank}, nnz={spec.nnz}, precision={spec.precision}, "
+            f"bias={self.bias is not None}"
         )
+
+
+VALUES = ("weight", "dictionary")
+"""The tensors that hold the values which make up W."""
+
+
+class QuantizedLinear(CompressedLinear):
+    """W dense, its values int8: ``weight`` [out, in]."""
+
+    form = "dense"
+
+    def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
+        super().__init__(spec, bias)
+        _check(spec.rank == 0, spec, "rank")
+        _check(spec.nnz == 0, spec, "nnz")
+        _check(spec.precision == "int8", spec, "precision")
+        self._store("weight", spec.out_features, spec.out_features, spec.in_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._by_kernels(inputs):
+            return ops.dense_linear(inputs, self.weight, self.bias, self.weight_scale)
+        return F.linear(inputs, self.dense_weight(), self.bias)
+
+    def dense_weight(self) -> Tensor:
+        return self.matrix("weight")
 
 
 class LowRankLinear(CompressedLinear):
     """W = weight · dictionary, with ``dictionary`` [rank, in] and ``weight`` [out, rank], both dense."""
 
     form = "low_rank"
-    tensors = ("dictionary", "weight")
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
         _check(0 < spec.rank <= min(spec.in_features, spec.out_features), spec, "rank")
         _check(spec.nnz == 0, spec, "nnz")
-        self.dictionary = nn.Parameter(torch.zeros(spec.rank, spec.in_features))
-        self.weight = nn.Parameter(torch.zeros(spec.out_features, spec.rank))
+        self._store("dictionary", spec.rank, spec.rank, spec.in_features)
+        self._store("weight", spec.out_features, spec.out_features, spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._by_kernels(inputs):
-            return ops.dense_linear(ops.dense_linear(inputs, self.dictionary), self.weight, self.bias)
-        return F.linear(F.linear(inputs, self.dictionary), self.weight, self.bias)
+            hidden = ops.dense_linear(inputs, self.dictionary, None, self.dictionary_scale)
+            return ops.dense_linear(hidden, self.weight, self.bias, self.weight_scale)
+        return F.linear(F.linear(inputs, self.matrix("dictionary")), self.matrix("weight"), self.bias)
 
     def dense_weight(self) -> Tensor:
-        return self.weight @ self.dictionary
+        return self.matrix("weight") @ self.matrix("dictionary")
 
 
 class SparseLinear(CompressedLinear):
@@ -158,7 +223,6 @@ class SparseLinear(CompressedLinear):
     """
 
     form = "sparse"
-    tensors = ("weight", "mask")
     mask: Tensor
     shared_input: SharedInput | None = None
     place: int = 0
@@ -178,12 +242,15 @@ class SparseLinear(CompressedLinear):
             output = self.shared_input.product(self, inputs)
             if output is not None:
                 return output
-        return ops.sparse_linear(inputs, self.weight, self.mask, offsets, self.in_features, self.bias)
+        return ops.sparse_linear(
+            inputs, self.weight, self.mask, offsets, self.in_features, self.bias, self.weight_scale
+        )
 
-    def packed(self) -> tuple[Any, Any, Any, Any]:
-        """``weight``, ``mask``, ``offsets`` and ``bias``, without the detour that attributes of a module take."""
+    def packed(self) -> tuple[Any, Any, Any, Any, Any]:
+        """``weight``, ``mask``, ``offsets``, ``bias`` and scale, without the detour that a module's attributes take."""
         parameters, buffers = self._parameters, self._buffers
-        return parameters["weight"], buffers["mask"], self.offsets, parameters["bias"]
+        values = buffers["weight"] if "weight" in buffers else parameters["weight"]
+        return values, buffers["mask"], self.offsets, parameters["bias"], parameters["weight_scale"]
 
     def use_kernels(self, wanted: bool = True) -> None:
         super().use_kernels(wanted)
@@ -191,45 +258,44 @@ class SparseLinear(CompressedLinear):
             self.shared_input.dissolve()
 
     def dense_weight(self) -> Tensor:
-        return _expand(self.weight, self.mask, self.in_features)
+        return self.matrix("weight")
 
 
 class FactorizedLinear(CompressedLinear):
     """W = C · dictionary, with ``dictionary`` [rank, in] dense and C [out, rank] sparse (``weight`` and ``mask``)."""
 
     form = "dictionary"
-    tensors = ("dictionary", "weight", "mask")
     mask: Tensor
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
         _check(0 < spec.rank <= min(spec.in_features, spec.out_features), spec, "rank")
-        self.dictionary = nn.Parameter(torch.zeros(spec.rank, spec.in_features))
+        self._store("dictionary", spec.rank, spec.rank, spec.in_features)
         self._store_sparse(spec.rank)
-
-    def coefficients(self) -> Tensor:
-        """C [out, rank], dense."""
-        return _expand(self.weight, self.mask, self.spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
         offsets = self.offsets
         if offsets is None or not self._by_kernels(inputs):
-            return F.linear(F.linear(inputs, self.dictionary), self.coefficients(), self.bias)
+            return F.linear(F.linear(inputs, self.matrix("dictionary")), self.matrix("weight"), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
             return macko.linear(self.macko, F.linear(inputs, self.dictionary), self.bias)
-        return ops.factor_linear(inputs, self.dictionary, self.weight, self.mask, offsets, self.bias)
+        matrices = self.dictionary, self.weight, self.mask, offsets
+        return ops.factor_linear(inputs, *matrices, self.bias, self.dictionary_scale, self.weight_scale)
 
     def dense_weight(self) -> Tensor:
-        return self.coefficients() @ self.dictionary
+        return self.matrix("weight") @ self.matrix("dictionary")
 
 
 LAYERS: dict[str, type[CompressedLinear]] = {
-    layer.form: layer for layer in (LowRankLinear, SparseLinear, FactorizedLinear)
+    layer.form: layer for layer in (QuantizedLinear, LowRankLinear, SparseLinear, FactorizedLinear)
 }
 
 
 def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
-    """A layer of the form that ``spec`` names, its tensors zero. Raises ValueError if the spec cannot be."""
+    """A layer of the form that ``spec`` names, its tensors zero. Raises ValueError if the spec cannot be.
+
+    There is none for ``dense`` in the model's own type: that layer stays what it is.
+    """
     if spec.form not in LAYERS:
         raise ValueError(f"unknown layer form {spec.form!r:.80}; this version knows {', '.join(LAYERS)}")
     return LAYERS[spec.form](spec, bias)
@@ -242,14 +308,6 @@ def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
         if any(tensor.requires_grad for tensor in (inputs, *parameters)):
             return False
     return not torch.is_autocast_enabled(inputs.device.type)
-
-
-def _expand(values: Tensor, mask: Tensor, columns: int) -> Tensor:
-    """The dense matrix [out, columns], differentiable in the values."""
-    device = values.device.type
-    if torch.is_autocast_enabled(device):  # which would round the whole matrix, zeros and all, at the product
-        values = values.to(torch.get_autocast_dtype(device))
-    return ops.expand(values, mask, bitmap.row_offsets(mask), columns)
 
 
 def _check(valid: bool, spec: LayerSpec, field: str) -> None:

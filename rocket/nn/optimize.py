@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rocket.kernels import library, macko, ops
 from rocket.nn.fuse import share_inputs
-from rocket.nn.layers import CompressedLinear, LowRankLinear, SparseLinear, kernels_apply
+from rocket.nn.layers import CompressedLinear, SparseLinear, kernels_apply
 
 Backend = Literal["auto", "trivial", "macko"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -112,7 +112,7 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
         return LayerExplanation(name, module.form, "torch", reason)
     if kernel is None:
         return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
-    if isinstance(module, LowRankLinear):
+    if not module.is_sparse:
         return LayerExplanation(name, module.form, dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
     if module.macko is not None:
         return LayerExplanation(name, module.form, "macko", f"one row of input; {kernel} for more")

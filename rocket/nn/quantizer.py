@@ -112,7 +112,7 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for name, module in model.named_modules():
-            if isinstance(module, CompressedLinear) and "mask" in module.tensors:
+            if isinstance(module, CompressedLinear) and module.is_sparse:
                 _check_mask(name, module)
         _keep_names(model)
         attach_optimize(model)
@@ -277,8 +277,9 @@ def _fits(name: str, stored: StoredTensor, tensor: torch.Tensor, must_fit: bool)
     """Whether a stored tensor has the shape that the model asks for; an error where it must, or is of another type."""
     if stored.shape != tuple(tensor.shape) and must_fit:
         raise RocketError(f"{name} is {list(stored.shape)} in the checkpoint, config.json says {list(tensor.shape)}")
-    if tensor.dtype == torch.uint8 and stored.dtype != "U8":
-        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be U8")
+    wanted = {torch.uint8: "U8", torch.int8: "I8"}.get(tensor.dtype, stored.dtype)
+    if stored.dtype != wanted:
+        raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be {wanted}")
     if tensor.is_floating_point() and not stored.is_floating_point:
         raise RocketError(f"{name} holds {stored.dtype} values in the checkpoint; they must be floating-point")
     return stored.shape == tuple(tensor.shape)

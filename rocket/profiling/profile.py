@@ -12,7 +12,7 @@ from rocket.config.errors import RocketError
 from rocket.config.records import Whole, read_record
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import Cost, LayerProblem
-from rocket.forms import Form, Option
+from rocket.forms import Form, Option, options_of
 from rocket.models import LinearLayer, weight_of
 from rocket.usage import track
 
@@ -58,7 +58,7 @@ def profile_layer(
     layer: str, input_group: str, problem: LayerProblem, forms: Sequence[Form], settings: ProfilingConfig
 ) -> LayerProfile:
     """All options of a layer, costs by ``problem.cost``. Time is that of the dictionary search: see `forms`."""
-    options = tuple(option for form in forms for option in form.options(problem, settings))
+    options = options_of(problem, forms, settings)
     damping = problem.damping
     if damping > 0:
         logger.info("%s: Gram matrix damped by %.0e of its mean diagonal", layer, damping)

@@ -96,7 +96,7 @@ def _forms(plan: Plan) -> str:
     forms = sorted(plan.forms())
     rows = []
     for kind, layers in layers_by_kind(plan.choices).items():
-        counts = Counter(plan.choices[layer].form for layer in layers)
+        counts = Counter(plan.choices[layer].label for layer in layers)
         rows.append((_code(kind), *(str(counts[form] or "") for form in forms)))
     return _table(("layers", *forms), rows)
 

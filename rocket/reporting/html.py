@@ -123,14 +123,14 @@ def _layers(summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
         options: dict[str, list[list[float]]] = {}
         for option in profile.options:
             removed = 100 * (1 - option.parameters / profile.parameters)
-            options.setdefault(option.form, []).append([round(removed, 2), float(f"{option.cost:.4g}")])
+            options.setdefault(option.label, []).append([round(removed, 2), float(f"{option.cost:.4g}")])
         yield (
             profile.layer,
             {
                 "shape": [profile.out_features, profile.in_features],
                 "options": options,
                 "chosen": [
-                    choice.form,
+                    choice.label,
                     round(100 * (1 - choice.parameters / profile.parameters), 2),
                     float(f"{choice.cost:.4g}"),
                 ],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rocket.allocation import Plan, Planner
 
 LETTERS = {"dense": "·", "low_rank": "l", "dictionary": "d", "sparse": "s"}
+LETTERS |= {f"{form} int8": letter.upper() for form, letter in LETTERS.items()} | {"dense int8": "8"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def towers_of(planner: Planner, plan: Plan) -> list[Tower]:
 
 def _cell(plan: Plan, dense: Mapping[str, int], layers: Sequence[str]) -> Cell:
     options = [plan.choices[layer] for layer in layers]
-    forms = [option.form for option in options]
+    forms = [option.label for option in options]
     kept = sum(option.parameters for option in options) / sum(dense[layer] for layer in layers)
     return Cell(
         tuple(layers),
@@ -91,9 +92,9 @@ def locate_layer(layer: str) -> tuple[str, str, str]:
 
 
 def form_letters(forms: Iterable[str]) -> str:
-    """One letter a form, as cells of a map show it; a form without one is a question mark.
+    """One letter a form, a capital where its values are int8, as cells of a map show it; without one, a question mark.
 
-    >>> form_letters(["sparse", "dense"])
-    's·'
+    >>> form_letters(["sparse", "dense"]), form_letters(["sparse int8", "dense int8"])
+    ('s·', '8S')
     """
     return "".join(sorted({LETTERS.get(form, "?") for form in forms}))

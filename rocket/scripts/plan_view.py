@@ -39,7 +39,7 @@ def show_plan(planner: Planner, plan: Plan) -> None:
     dense = {profile.layer: profile.parameters for profile in planner.profiles}
     table = Table("layers", *forms, "removed %", title=f"{plan.budget.name}: what becomes of which layers")
     for kind, layers in layers_by_kind(plan.choices).items():
-        counts = [sum(plan.choices[layer].form == form for layer in layers) for form in forms]
+        counts = [sum(plan.choices[layer].label == form for layer in layers) for form in forms]
         share = 1 - sum(plan.choices[layer].parameters for layer in layers) / sum(dense[layer] for layer in layers)
         table.add_row(kind, *(str(count) if count else "" for count in counts), f"{100 * share:.1f}")
     console.print(table)

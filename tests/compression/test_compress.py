@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import rocket
 from rocket.allocation import Plan
 from rocket.config.errors import RocketError
 from rocket.forms import Option
-from rocket.nn import LAYERS, CompressedLinear
+from rocket.nn import LAYERS, CompressedLinear, QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,48 @@ def test_every_layer_is_what_the_plan_says(planned, plan):
         # Refits only lower what the profile says; sparse options are interpolated.
         assert 0 < problem.evaluate(layer.dense_weight().detach()) <= 1.15 * option.cost
     assert not any(parameter.is_meta for parameter in compressed.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_within_a_budget_of_bytes(make_model, token_ids, quick_settings, dtype, tmp_path):
+    """Sizes on disk are the plan's; products, reloading and merging agree with what the layers stand for."""
+    calib, profiling = quick_settings
+    model = make_model("llama", dtype=dtype, hidden_size=64)
+    profiling = profiling.model_copy(update={"precisions": ["float", "int8"]})
+    planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+    plan = planner.at(bytes=0.6 * planner.size.bytes)
+    assert plan.bytes <= 0.6 * planner.size.bytes
+    assert "int8" in {option.precision for option in plan.choices.values()}
+    compressed = rocket.compress(model, plan)
+    state = compressed.state_dict()
+    assert sum(tensor.numel() * tensor.element_size() for tensor in state.values()) == plan.bytes
+
+    compressed.save_pretrained(tmp_path)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(tensor, reopened.state_dict()[name]) for name, tensor in state.items())
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) < 1.05 * plan.bytes + 20_000
+    inputs = token_ids[:2]
+    with torch.no_grad():
+        expected = compressed(input_ids=inputs).logits
+        assert torch.equal(reopened(input_ids=inputs).logits, expected)
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+        for backend in ("auto", "trivial"):
+            rocket.optimize(reopened, backend)
+            torch.testing.assert_close(reopened(input_ids=inputs[:, :5]).logits, expected[:, :5], **tolerance)
+            torch.testing.assert_close(reopened(input_ids=inputs).logits, expected, **tolerance)
+        torch.testing.assert_close(rocket.merge(compressed)(input_ids=inputs).logits, expected, **tolerance)
+
+
+def test_without_float_every_layer_is_int8(make_model, token_ids, quick_settings):
+    calib, profiling = quick_settings
+    model = make_model("llama")
+    planner = rocket.plan(
+        model, token_ids, calib=calib, profiling=profiling.model_copy(update={"precisions": ["int8"]})
+    )
+    plan = planner.at(removed_ratio=0.01)
+    compressed = rocket.compress(model, plan)
+    assert all(compressed.get_submodule(name).spec.precision == "int8" for name in plan.choices)
+    assert any(type(module) is QuantizedLinear for module in compressed.modules())
 
 
 def test_the_original_is_untouched(planned, plan):
@@ -114,6 +157,7 @@ def changed(plan: Plan, **fields: int) -> Plan:
         (lambda plan: changed(plan, rank=33), r"model\.layers\.0\..*: rank=33 is impossible"),
         (lambda plan: changed(plan, rank=0), r"model\.layers\.0\..*: rank=0 is impossible"),
         (lambda plan: changed(plan, nnz=10**9), r"model\.layers\.0\..*: nnz=1000000000 is impossible"),
+        (lambda plan: changed(plan, scales=7), r"the plan counts 7 scales where its form and rank make 33"),
         (lambda plan: changed(plan, parameters=7), r"model\.layers\.0\..*: the plan counts 7 values where"),
         (lambda plan: changed(plan, rank=2, nnz=33, parameters=97), r"nnz=33 is not the same number of coefficients"),
         (lambda plan: renamed(plan, "model.norm"), r"names model\.norm, which is a LlamaRMSNorm here, not a linear"),

@@ -5,14 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from rocket.kernels import bitmap
-from rocket.nn import LAYERS, FactorizedLinear, LayerSpec, LowRankLinear, SparseLinear
+from rocket.nn import LAYERS, FactorizedLinear, LayerSpec, LowRankLinear, QuantizedLinear, SparseLinear
 from rocket.nn.layers import CompressedLinear, empty_layer
 
 IN, OUT, RANK, KEPT = 70, 24, 20, 300  # 70 columns: rows of the mask are padded to two words
+FLOATING = [("low_rank", "float"), ("sparse", "float"), ("dictionary", "float")]
+KINDS = [*FLOATING, ("dense", "int8"), ("low_rank", "int8"), ("sparse", "int8"), ("dictionary", "int8")]
 
 
-def layer_spec(form: str, rank: int, nnz: int) -> LayerSpec:
-    return LayerSpec(form, IN, OUT, rank, nnz, "")
+def layer_spec(form: str, rank: int, nnz: int, precision: str = "float") -> LayerSpec:
+    return LayerSpec(form, IN, OUT, rank, nnz, "", precision)
 
 
 def keep_mask(rows: int, columns: int, count: int) -> torch.Tensor:
@@ -20,23 +22,31 @@ def keep_mask(rows: int, columns: int, count: int) -> torch.Tensor:
     return (order < count).view(rows, columns)
 
 
-def make_layer(form: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> CompressedLinear:
-    spec = {"low_rank": (RANK, 0), "sparse": (0, KEPT), "dictionary": (RANK, KEPT)}[form]
-    layer = empty_layer(layer_spec(form, *spec), bias)
+def make_layer(
+    form: str, bias: bool = True, dtype: torch.dtype = torch.float32, precision: str = "float"
+) -> CompressedLinear:
+    spec = {"dense": (0, 0), "low_rank": (RANK, 0), "sparse": (0, KEPT), "dictionary": (RANK, KEPT)}[form]
+    layer = empty_layer(layer_spec(form, *spec, precision), bias)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        if form != "low_rank":
+        for buffer in layer.buffers():
+            if buffer.dtype == torch.int8:
+                buffer.copy_(torch.randint(-127, 128, buffer.shape, generator=generator))
+        if layer.is_sparse:
             layer.mask.copy_(bitmap.pack_mask(keep_mask(OUT, RANK if form == "dictionary" else IN, KEPT)))
     return layer.to(dtype)
 
 
-@pytest.mark.parametrize("form", LAYERS)
+@pytest.mark.parametrize(("form", "precision"), KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(IN,), (1, IN), (2, 3, IN), (40, IN)])
-def test_forward_is_its_dense_weight(form, bias, shape):
-    layer = make_layer(form, bias)
+@pytest.mark.parametrize("kernels", [True, False])
+@torch.no_grad()
+def test_forward_is_its_dense_weight(form, precision, bias, shape, kernels):
+    layer = make_layer(form, bias, precision=precision)
+    layer.use_kernels(kernels)
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     weight = layer.dense_weight()
     assert weight.shape == (OUT, IN)
@@ -54,11 +64,27 @@ def test_dense_weight_by_hand():
     atoms = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
     mask = bitmap.pack_mask(torch.tensor([[0, 1], [1, 0]]).bool())
     layer.load_state_dict({"dictionary": atoms, "weight": torch.tensor([2.0, 5.0]), "mask": mask})
-    assert layer.coefficients().tolist() == [[0.0, 2.0], [5.0, 0.0]]
+    assert layer.matrix("weight").tolist() == [[0.0, 2.0], [5.0, 0.0]]
     assert layer.dense_weight().tolist() == [[20.0, 40.0, 60.0], [5.0, 10.0, 15.0]]
 
 
-@pytest.mark.parametrize("form", LAYERS)
+def test_dense_weight_of_int8_by_hand():
+    """127 stands for the scale of a row."""
+    layer = empty_layer(LayerSpec("dictionary", 2, 2, 2, 3, "", "int8"), bias=False)
+    state = {
+        "dictionary": torch.tensor([[127, 0], [-127, 127]], dtype=torch.int8),
+        "dictionary_scale": torch.tensor([2.0, 4.0]),
+        "weight": torch.tensor([127, 127, -127], dtype=torch.int8),
+        "weight_scale": torch.tensor([1.0, 3.0]),
+        "mask": bitmap.pack_mask(torch.tensor([[1, 0], [1, 1]]).bool()),
+    }
+    layer.load_state_dict(state)
+    assert layer.matrix("dictionary").tolist() == [[2.0, 0.0], [-4.0, 4.0]]
+    assert layer.matrix("weight").tolist() == [[1.0, 0.0], [3.0, -3.0]]
+    assert layer.dense_weight().tolist() == [[2.0, 0.0], [18.0, -12.0]]
+
+
+@pytest.mark.parametrize("form", [form for form, _ in FLOATING])
 def test_gradients_flow_to_stored_values_only(form):
     layer = make_layer(form)
     inputs = torch.randn(5, IN, requires_grad=True)
@@ -94,22 +120,23 @@ def test_autocast_multiplies_rounded_values(form):
     assert layer.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("form", LAYERS)
+@pytest.mark.parametrize(("form", "precision"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_conversion_leaves_the_mask(form, dtype):
-    layer = make_layer(form, dtype=dtype)
+def test_conversion_leaves_the_mask_and_int8_values(form, precision, dtype):
+    layer = make_layer(form, dtype=dtype, precision=precision)
     assert all(parameter.dtype == dtype for parameter in layer.parameters())
     assert layer(torch.ones(2, IN, dtype=dtype)).dtype == dtype
-    torch.testing.assert_close(layer.dense_weight().float(), make_layer(form).dense_weight(), rtol=0.05, atol=0.2)
-    if form != "low_rank":
-        assert layer.mask.dtype == torch.uint8
+    before = make_layer(form, precision=precision)
+    torch.testing.assert_close(layer.dense_weight().float(), before.dense_weight(), rtol=0.05, atol=0.2)
+    assert {buffer.dtype for buffer in layer.buffers()} <= {torch.uint8, torch.int8}
 
 
-@pytest.mark.parametrize("form", LAYERS)
-def test_stored_values(form):
-    expected = {"low_rank": RANK * (IN + OUT), "sparse": KEPT, "dictionary": RANK * IN + KEPT}
-    assert make_layer(form).stored_values() == expected[form]
-    assert f"rank={make_layer(form).spec.rank}" in repr(make_layer(form))
+@pytest.mark.parametrize(("form", "precision"), KINDS)
+def test_stored_values(form, precision):
+    expected = {"dense": IN * OUT, "low_rank": RANK * (IN + OUT), "sparse": KEPT, "dictionary": RANK * IN + KEPT}
+    layer = make_layer(form, precision=precision)
+    assert layer.stored_values() == expected[form]
+    assert f"precision={precision}" in repr(layer)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +153,10 @@ def test_stored_values(form):
         (layer_spec("low_rank", 4, 7), "nnz=7 is impossible"),
         (
             layer_spec("augmented", 4, 7),
-            "unknown layer form 'augmented'; this version knows low_rank, sparse, dictionary",
+            "unknown layer form 'augmented'; this version knows dense, low_rank, sparse, dictionary",
         ),
+        (layer_spec("dense", 0, 0), "precision=float is impossible"),
+        (layer_spec("dense", 3, 0, "int8"), "rank=3 is impossible"),
     ],
 )
 def test_impossible_specs(spec, message):
@@ -136,8 +165,10 @@ def test_impossible_specs(spec, message):
 
 
 def test_spec_round_trip():
-    spec = LayerSpec("sparse", IN, OUT, 0, 17, "model.layers.0.self_attn.q_proj")
-    assert LayerSpec.from_dict(spec.to_dict()) == spec
+    for precision in ("float", "int8"):
+        spec = LayerSpec("sparse", IN, OUT, 0, 17, "model.layers.0.self_attn.q_proj", precision)
+        assert LayerSpec.from_dict(spec.to_dict()) == spec
+        assert ("precision" in spec.to_dict()) == (precision == "int8")  # as before there was another
 
 
 GOOD = {"form": "sparse", "in_features": 4, "out_features": 3, "rank": 0, "nnz": 5, "input_group": "x"}
@@ -162,5 +193,15 @@ def test_malformed_specs(values):
         LayerSpec.from_dict(values)
 
 
+def test_an_unknown_precision():
+    with pytest.raises(ValueError, match="precision 'int4': there are float, int8"):
+        LayerSpec.from_dict({**GOOD, "precision": "int4"})
+
+
 def test_registry():
-    assert {"low_rank": LowRankLinear, "sparse": SparseLinear, "dictionary": FactorizedLinear} == LAYERS
+    assert {
+        "dense": QuantizedLinear,
+        "low_rank": LowRankLinear,
+        "sparse": SparseLinear,
+        "dictionary": FactorizedLinear,
+    } == LAYERS

@@ -1,0 +1,65 @@
+"""Any form with its values in int8: half the bytes of bfloat16, for an error that is measured once a form and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rocket.config.schema import ProfilingConfig
+from rocket.factorization.basis import positive
+from rocket.factorization.problem import LayerProblem
+from rocket.forms.base import Form, Option
+from rocket.kernels import bitmap, int8
+
+
+def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
+    """The options of a form once more, with int8 values.
+
+    What rounding adds to the cost is measured on the largest of them, and taken to be the same a value for the others.
+    """
+    if not options:
+        return []
+    largest = max(options, key=lambda option: option.parameters)
+    columns = largest.rank or problem.in_features
+    exact = form.build(problem, largest, settings)
+    rounded = quantize_state(exact, columns, problem.weight.dtype)
+    before, after = (problem.evaluate(_multiplied_out(state, columns)) for state in (exact, rounded))
+    price = max(after - before, 0.0) / largest.parameters
+    return [
+        replace(option, cost=option.cost + price * option.parameters, scales=problem.out_features + option.rank)
+        for option in options
+    ]
+
+
+def quantize_state(state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A layer's tensors (`Form.build`) with ``weight``, of so many columns, and ``dictionary`` in int8.
+
+    Their scales, of type ``dtype``, lie beside them. Atoms are first made as long as their columns of coefficients: all
+    coefficients of an output share a scale, and so the small ones lose less.
+    """
+    quantized = dict(state)
+    weight, mask = _matrix(state, "weight", columns), state.get("mask")
+    if "dictionary" in state:
+        dictionary = state["dictionary"]
+        lengths = (positive(dictionary.norm(dim=1)) / positive(weight.norm(dim=0))).sqrt()
+        weight, dictionary = weight * lengths, dictionary / lengths.unsqueeze(1)
+        quantized["dictionary"], quantized["dictionary_scale"] = int8.quantize(dictionary, dtype)
+    values, quantized["weight_scale"] = int8.quantize(weight, dtype)
+    quantized["weight"] = values if mask is None else values[bitmap.unpack_mask(mask, columns)]
+    return quantized
+
+
+def _multiplied_out(state: Mapping[str, Tensor], columns: int) -> Tensor:
+    weight = _matrix(state, "weight", columns)
+    return weight @ _matrix(state, "dictionary", columns) if "dictionary" in state else weight
+
+
+def _matrix(state: Mapping[str, Tensor], name: str, columns: int) -> Tensor:
+    """``weight`` or ``dictionary`` as a dense matrix in float64."""
+    values, scale = state[name], state.get(f"{name}_scale")
+    if name == "weight" and "mask" in state:
+        values = bitmap.unpack(values, state["mask"], columns)
+    return values.double() if scale is None else int8.dequantize(values, scale.double())

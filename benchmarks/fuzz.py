@@ -126,12 +126,14 @@ class Specimens:
         self.folder = folder
         self.model = tiny.make_model()
         self.tokens = torch.randint(1, 257, (8, 16), generator=torch.Generator().manual_seed(0))
-        self.profiling = ProfilingConfig(removed_ratios=[0.3, 0.5], rank_support_ratios=[1.5])
+        self.profiling = ProfilingConfig(
+            removed_ratios=[0.3, 0.5], rank_support_ratios=[1.5], precisions=["float", "int8"]
+        )
         calib = CalibConfig(num_samples=8, seq_len=16, batch_size=8, sensitivity_samples=2)
         self.planner = rocket.plan(self.model, self.tokens, calib=calib, profiling=self.profiling)
-        turns = cycle(["low_rank", "dictionary", "sparse", "dense"])
+        turns = cycle(["low_rank", "dictionary", "sparse", "dense", "sparse int8", "dense int8", "dictionary int8"])
         choices = {
-            profile.layer: next(option for option in profile.options[::-1] if option.form == form)
+            profile.layer: next(option for option in profile.options[::-1] if option.label == form)
             for profile, form in zip(self.planner.profiles, turns, strict=False)
         }
         self.plan = replace(self.planner.at(removed_ratio=0.3), choices=choices)

@@ -13,14 +13,15 @@ from rocket.factorization.basis import positive
 from rocket.factorization.problem import LayerProblem
 from rocket.forms.base import Form, Option
 from rocket.kernels import bitmap, int8
+from rocket.nn import LAYERS
 
 
 def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
-    """The options of a form once more, with int8 values.
+    """The options of a form once more, with int8 values; none of a form whose layer has no such values.
 
     What rounding adds to the cost is measured on the largest of them, and taken to be the same a value for the others.
     """
-    if not options:
+    if not options or "int8" not in LAYERS[form.name].precisions:
         return []
     largest = max(options, key=lambda option: option.parameters)
     columns = largest.rank or problem.in_features

@@ -61,12 +61,14 @@ class CompressedLinear(nn.Module):
 
     ``dictionary`` [rank, in] and ``weight`` are the matrices that make up W, those of the form; ``mask`` is there where
     ``weight`` is sparse, with ``mask_columns`` columns that are not padding. Values are parameters, or, with the
-    precision int8, buffers, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] are parameters. ``uses_kernels``
-    tells whether products go through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took.
-    ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
+    precision int8, buffers, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] are parameters. ``precisions``
+    are those that the form can have. ``uses_kernels`` tells whether products go through `kernels.ops`. ``replaces`` is
+    the class of the layer whose place this one took. ``macko`` is the sparse matrix in MACKO's format too, where that
+    backend was asked for (`use_macko`).
     """
 
     form: str
+    precisions: tuple[Precision, ...] = ("float",)
     mask_columns: int = 0
     uses_kernels: bool = False
     replaces: type[nn.Module] = nn.Linear
@@ -84,6 +86,7 @@ class CompressedLinear(nn.Module):
         self.out_features = spec.out_features
         _check(spec.in_features > 0, spec, "in_features")
         _check(spec.out_features > 0, spec, "out_features")
+        _check(spec.precision in self.precisions, spec, "precision")
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.out_features)) if bias else None)
 
     @property
@@ -170,19 +173,19 @@ class CompressedLinear(nn.Module):
 
 
 VALUES = ("weight", "dictionary")
-"""The tensors that hold the values which make up W."""
+"""The tensors of a layer that hold the values which make up W."""
 
 
 class QuantizedLinear(CompressedLinear):
     """W dense, its values int8: ``weight`` [out, in]."""
 
     form = "dense"
+    precisions = ("int8",)
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
         _check(spec.rank == 0, spec, "rank")
         _check(spec.nnz == 0, spec, "nnz")
-        _check(spec.precision == "int8", spec, "precision")
         self._store("weight", spec.out_features, spec.out_features, spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -198,6 +201,7 @@ class LowRankLinear(CompressedLinear):
     """W = weight · dictionary, with ``dictionary`` [rank, in] and ``weight`` [out, rank], both dense."""
 
     form = "low_rank"
+    precisions = ("float", "int8")
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
@@ -223,6 +227,7 @@ class SparseLinear(CompressedLinear):
     """
 
     form = "sparse"
+    precisions = ("float", "int8")
     mask: Tensor
     shared_input: SharedInput | None = None
     place: int = 0
@@ -265,6 +270,7 @@ class FactorizedLinear(CompressedLinear):
     """W = C · dictionary, with ``dictionary`` [rank, in] dense and C [out, rank] sparse (``weight`` and ``mask``)."""
 
     form = "dictionary"
+    precisions = ("float", "int8")
     mask: Tensor
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:

@@ -1,0 +1,122 @@
+"""Values in int8 beside values in bfloat16, at the same bytes: what the loss says, and how fast the model decodes.
+
+    python -m benchmarks.int8                                   # SmolLM2-135M
+    python -m benchmarks.int8 --megabytes 160 120 --tokens 32
+
+Rows are checkpoints of about the same bytes: the original; `float`, the default's forms in bfloat16; `int8`, every
+layer dense in int8 and nothing else, as plain weight-only quantization stores it; and `both`, any form in either type,
+which the knapsack chooses by bytes. Losses are of the reopened checkpoint, `excess_loss` in nats a token over the
+original's. Speed is tokens a second of `generate` at batch 1 after `optimize()`, all models taking turns, ratios of
+medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rocket
+from benchmarks.decode import generate, take_turns
+from benchmarks.harness import write_results
+from rocket.config import load_config
+from rocket.data import load_documents
+from rocket.evaluation import perplexity
+from rocket.models import load_model, open_checkpoint
+from rocket.models.inputs import tokenizer_of
+from rocket.pipeline import compress_model, make_plan
+from rocket.session import Session
+
+CONFIG = Path(__file__).parents[1] / "rocket" / "config" / "default.yaml"
+ALL_INT8 = ["profiling.forms=[]", "profiling.precisions=[int8]", "compression.removed_ratio=1e-9"]
+
+
+def losses(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Nats a token on the held-out part of each text."""
+    return {
+        text: perplexity(
+            model, tokenizer_of(processor), load_documents(text, "held_out").texts, max_tokens=args.max_tokens
+        ).loss
+        for text in args.texts
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", nargs="+", type=float, default=[200, 165, 140, 120], help="of a checkpoint")
+    parser.add_argument("--texts", nargs="+", default=["embedded", "embedded:boolq"])
+    parser.add_argument("--max-tokens", type=int, default=24576, help="of each text")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens generated")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--run", type=Path, help="the run directory to use again; a temporary one by default")
+    parser.add_argument("--output", default="int8", help="name of the results file")
+    args = parser.parse_args()
+    wanted = [("int8", ALL_INT8)]
+    for megabytes in args.megabytes:
+        budget = f"compression={{bytes: {int(megabytes * 1e6)}}}"
+        wanted += [("float", [budget]), ("both", [budget, "profiling.precisions=[float, int8]"])]
+    rows: list[dict[str, Any]] = []
+    models: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        config = load_config(CONFIG)
+        model, processor = load_model(config.model)
+        original = losses(model, processor, args)
+        models["original"] = model
+        for precision, overrides in wanted:
+            with Session(load_config(CONFIG, [f"output_dir={args.run or temporary}", *overrides])) as session:
+                try:
+                    plan, checkpoint = make_plan(session), compress_model(session)
+                except rocket.RocketError as error:
+                    print(f"{precision}, {overrides[0]}: {error}")
+                    continue
+            model, processor = open_checkpoint(checkpoint, config.model)
+            found = losses(model, processor, args)
+            name = f"{precision}, {plan.bytes / 1e6:.0f} MB"
+            models[name] = model
+            rows += [
+                {
+                    "model": name,
+                    "precision": precision,
+                    "megabytes": plan.bytes / 1e6,
+                    "original_megabytes": plan.size.bytes / 1e6,
+                    "values_removed_ratio": plan.removed_ratio,
+                    "forms": "+".join(sorted(plan.forms())),
+                    "text": text,
+                    "perplexity": math.exp(found[text]),
+                    "excess_loss": found[text] - original[text],
+                    "predicted": plan.cost,
+                }
+                for text in args.texts
+            ]
+            print(rows[-1], flush=True)
+    works = {
+        name: generate(rocket.optimize(model), 1, 16, args.tokens)
+        for name, model in models.items()
+        if name != "original"
+    }
+    works["original"] = generate(models["original"], 1, 16, args.tokens)
+    works["original, our dense"] = generate(rocket.optimize(load_model(config.model)[0]), 1, 16, args.tokens)
+    taken = take_turns(works, args.rounds)
+    seconds = {name: statistics.median(values) for name, values in taken.items()}
+    for name, values in taken.items():
+        rows.append(
+            {
+                "model": name,
+                "kind": "decode",
+                "tokens_per_second": args.tokens / seconds[name],
+                "over original": seconds["original"] / seconds[name],
+                "over our dense": seconds["original, our dense"] / seconds[name],
+                "relative_spread": (max(values) - min(values)) / seconds[name],
+                "threads": torch.get_num_threads(),
+            }
+        )
+    write_results(args.output, rows)
+
+
+if __name__ == "__main__":
+    main()

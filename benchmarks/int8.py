@@ -33,7 +33,7 @@ from rocket.pipeline import compress_model, make_plan
 from rocket.session import Session
 
 CONFIG = Path(__file__).parents[1] / "rocket" / "config" / "default.yaml"
-ALL_INT8 = ["profiling.forms=[]", "profiling.precisions=[int8]", "compression.removed_ratio=1e-9"]
+ALL_INT8 = ["profiling.forms=[]", "profiling.precisions=[int8]", "compression={kept_parameters: 1e12}"]
 
 
 def losses(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, float]:

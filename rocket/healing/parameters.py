@@ -13,8 +13,10 @@ from torch.nn.utils import parametrize
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import HealingConfig
+from rocket.forms.precision import quantize_state
 from rocket.kernels import bitmap
 from rocket.nn import CompressedLinear
+from rocket.nn.layers import VALUES
 
 
 class MaskedLowRank(nn.Module):
@@ -50,14 +52,16 @@ class MaskedLowRank(nn.Module):
 def choose_parameters(model: nn.Module, config: HealingConfig) -> list[str]:
     """Freeze all of a model but what ``config.train`` names, which becomes float32; the names of that.
 
-    bfloat16 has 8 bits: a value does not move by steps of less than 1/512 of it, and healing's are smaller. Raises
-    RocketError if the model has nothing of the kind.
+    bfloat16 has 8 bits: a value does not move by steps of less than 1/512 of it, and healing's are smaller. int8 values
+    are trained as what they stand for. Raises RocketError if the model has nothing of the kind.
     """
     model.requires_grad_(False)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
     generator = torch.Generator().manual_seed(config.seed)
     chosen: list[nn.Parameter] = []
     for layer in layers.values():
+        if layer.spec.precision == "int8":
+            _widen(layer)
         if config.train == "lora":
             parametrize.register_parametrization(layer, "weight", MaskedLowRank(layer, config.lora_rank, generator))
             (change,) = layer.parametrizations["weight"]  # type: ignore[index]
@@ -74,14 +78,42 @@ def choose_parameters(model: nn.Module, config: HealingConfig) -> list[str]:
 
 
 def settle_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make a healed model one like those that are opened: low-rank changes added, values in the model's type."""
+    """Make a healed model one like those that are opened: low-rank changes added, values in their type again."""
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
             for parameter in module.parameters():
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(dtype if module.spec.precision == "float" else torch.float32)
+            if module.spec.precision == "int8":
+                _narrow(module, dtype)
     model.requires_grad_(True)
+
+
+def _widen(layer: CompressedLinear) -> None:
+    """Make int8 values parameters that float."""
+    for name in VALUES:
+        if hasattr(layer, name):
+            values = layer.matrix(name).float()
+            if name == "weight" and layer.is_sparse:
+                values = values[bitmap.unpack_mask(layer.get_buffer("mask"), layer.mask_columns)]
+            del layer._buffers[name]
+            layer.register_parameter(name, nn.Parameter(values))
+            setattr(layer, f"{name}_scale", None)
+
+
+def _narrow(layer: CompressedLinear, dtype: torch.dtype) -> None:
+    """The inverse of `_widen`: the nearest int8 values. Scales and bias are of type ``dtype``."""
+    state = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+    columns = layer.spec.rank or layer.in_features
+    for name, tensor in quantize_state(state, columns, dtype).items():
+        if name in VALUES:
+            del layer._parameters[name]
+            layer.register_buffer(name, tensor)
+        elif name.endswith("_scale"):
+            setattr(layer, name, nn.Parameter(tensor))
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
 
 
 def check_unchanged(before: Path, after: Path) -> None:

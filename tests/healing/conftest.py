@@ -25,25 +25,33 @@ class Pair:
     windows: Tensor
 
 
-def with_forms(planned, forms: list[str]) -> PreTrainedModel:
+@pytest.fixture(scope="session")
+def planner(planned, quick_settings):
+    """Of the planned model, with int8 options."""
+    calib, profiling = quick_settings
+    both = profiling.model_copy(update={"precisions": ["float", "int8"]})
+    return rocket.plan(planned.model, planned.tokens, calib=calib, profiling=both)
+
+
+def with_forms(planned, planner, forms: list[str]) -> PreTrainedModel:
     """The planned model with its layers taking these forms in turn, each at about 60 % of its size."""
-    plan = planned.planner.at(removed_ratio=0.3)
+    plan = planner.at(removed_ratio=0.3)
     kinds = cycle(forms)
     choices = {}
-    for profile in planned.planner.profiles:
-        form = next(kinds)
+    for profile in planner.profiles:
+        label = next(kinds)
         dense = profile.options[0].parameters
-        options = [option for option in profile.options if option.form == form]
+        options = [option for option in profile.options if option.label == label]
         choices[profile.layer] = min(options, key=lambda option: abs(option.parameters - 0.6 * dense))
     return rocket.compress(planned.model, replace(plan, choices=choices))
 
 
 @pytest.fixture(scope="session")
-def make_compressed(planned) -> Callable[..., PreTrainedModel]:
+def make_compressed(planned, planner) -> Callable[..., PreTrainedModel]:
     """Compresses the tiny llama, in the type given."""
 
     def make(*forms: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        return with_forms(planned, list(forms or ("sparse", "dictionary", "low_rank"))).to(dtype)
+        return with_forms(planned, planner, list(forms or ("sparse", "dictionary", "low_rank"))).to(dtype)
 
     return make
 

@@ -38,7 +38,7 @@ def test_gradients_are_those_of_the_dense_model(make_compressed, token_ids):
     for name, layer in compressed_layers(model).items():
         expected = dense.get_submodule(name).weight.grad
         if layer.form != "sparse":
-            matrix = layer.coefficients() if layer.form == "dictionary" else layer.weight
+            matrix = layer.matrix("weight")
             torch.testing.assert_close(layer.dictionary.grad, matrix.T @ expected, rtol=1e-3, atol=1e-6)
             expected = expected @ layer.dictionary.T
         if layer.form != "low_rank":

@@ -5,10 +5,13 @@ magnitude there. It is stored rather than the step, scale / 127, because it lies
 survives float16 as well as they do.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 STEPS = 127
+ROWS_AT_ONCE = 1024
 
 
 def quantize(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -25,11 +28,14 @@ def quantize(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     >>> values, scale
     (tensor([[127, -64,    0]], dtype=torch.int8), tensor([1.]))
     """
-    largest = dense.abs().amax(dim=1) if dense.numel() else dense.new_zeros(len(dense))
+    largest = torch.linalg.vector_norm(dense, math.inf, dim=1) if dense.numel() else dense.new_zeros(len(dense))
     scale = largest.to(dtype)
     step = scale.to(dense.dtype) / STEPS
-    steps = dense / torch.where(step > 0, step, 1).unsqueeze(1)
-    return steps.round().clamp(-STEPS, STEPS).to(torch.int8), scale
+    step = torch.where(step > 0, step, 1).unsqueeze(1)
+    values = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
+    for rounded, part, unit in zip(*(tensor.split(ROWS_AT_ONCE) for tensor in (values, dense, step)), strict=True):
+        rounded.copy_((part / unit).round_().clamp_(-STEPS, STEPS))
+    return values, scale
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:

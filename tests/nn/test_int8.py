@@ -1,4 +1,4 @@
-"""Layers with int8 values in whole models: reloaded, run by the kernels, and refused where they are not what they say."""
+"""Layers with int8 values in whole models: reloaded, run by the kernels, refused where they are not what they say."""
 
 import json
 

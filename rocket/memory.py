@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from rocket.config import Config, RocketError
+from rocket.config.schema import ProfilingConfig
 from rocket.models import (
     LinearLayer,
     block_of,
@@ -29,10 +30,12 @@ from rocket.usage import process_bytes
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
 FORMS_HOLD = {
+    "dense": ((0.0, 1.0), (0.0, 1.0)),
     "low_rank": ((4.0, 12.0), (5.0, 6.0)),
     "dictionary": ((4.0, 16.0), (5.0, 6.0)),
     "sparse": ((8.0, 14.0), (8.0, 14.0)),
 }
+INT8_HOLDS = 6.0  # rectangles more, while rounding to int8 is measured: a layer's values three times in float64
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
@@ -168,9 +171,7 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
             base + kept + max(block + graph, outside + loss),
             kept,
         )
-    largest = max(
-        _layer_bytes(out, inputs, config.profiling.forms) for shapes in grouped.values() for out, inputs in shapes
-    )
+    largest = max(_layer_bytes(out, inputs, config.profiling) for shapes in grouped.values() for out, inputs in shapes)
     needs["profile layers"] = Need(base + weights + largest, base + largest)
     copies = 2 * max(min(SHARD, weights), outside)
     needs["compress"] = Need(base + 2 * weights + largest, base + max(largest, copies))
@@ -187,10 +188,11 @@ def _gram_bytes(features: Sequence[int]) -> float:
     return sum(PANELS * 8 * n * n for n in features) + 6 * max(features) ** 2
 
 
-def _layer_bytes(out_features: int, in_features: int, forms: Sequence[str]) -> float:
+def _layer_bytes(out_features: int, in_features: int, settings: ProfilingConfig) -> float:
     square, rectangle = 4 * in_features * in_features, 4 * in_features * out_features
-    held = [FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[in_features > out_features] for form in forms]
-    return max(squares * square + rectangles * rectangle for squares, rectangles in held)
+    held = [FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[in_features > out_features] for form in ("dense", *settings.forms)]
+    rounding = INT8_HOLDS if "int8" in settings.precisions else 0.0
+    return max(squares * square + (rectangles + rounding) * rectangle for squares, rectangles in held)
 
 
 def _bytes(module: nn.Module) -> int:

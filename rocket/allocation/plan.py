@@ -73,6 +73,12 @@ class Plan:
         """Removed share of the target layers' parameters, as the paper counts."""
         return 1.0 - self.kept_target_parameters / self.size.target_parameters
 
+    def __str__(self) -> str:
+        """What becomes of the target layers, in words."""
+        quantized = sum(option.scales > 0 for option in self.choices.values())
+        in_int8 = f", the values of {quantized} of {len(self.choices)} layers in int8" if quantized else ""
+        return f"{100 * self.removed_ratio:.1f} % of the target layers' parameters removed{in_int8}"
+
     @property
     def bytes_removed_ratio(self) -> float:
         """Removed share of the whole checkpoint's bytes."""
@@ -192,15 +198,22 @@ class Planner:
         )
 
     def curve(self, removed_ratios: Sequence[float] | None = None) -> list[CurvePoint]:
-        """Plans over a range of sizes (default 5 % to 65 % removed, as far as options reach), without building any."""
-        wanted = removed_ratios or [round(0.05 * step, 2) for step in range(1, 14)]
+        """Plans over a range of sizes, as far as options reach, without building any.
+
+        By default from 5 % to 65 % removed; with int8 among the precisions, of the bytes of the whole checkpoint.
+        """
+        shares = [round(0.05 * step, 2) for step in range(1, 14)]
+        if removed_ratios is None and "int8" in self.profiling.precisions:
+            budgets = [Budget.of(bytes=int((1 - share) * self.size.bytes)) for share in shares]
+        else:
+            budgets = [Budget.of(removed_ratio=ratio) for ratio in removed_ratios or shares]
         prediction = Prediction.fit(self.measured) if self.measured else None
         points = []
-        for removed_ratio in wanted:
+        for budget in budgets:
             try:
-                plan = self.at(removed_ratio=removed_ratio)
+                plan = self.within(budget)
             except RocketError:
-                logger.info("%.0f %% removed is beyond what the profiled options reach", 100 * removed_ratio)
+                logger.info("%s is beyond what the profiled options reach", budget.name)
                 break
             increase = prediction(plan.cost) if prediction else None
             points.append(CurvePoint(plan.removed_ratio, plan.parameters, plan.bytes, plan.cost, increase))

@@ -68,10 +68,9 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
 
 
 def _merged(module: CompressedLinear) -> nn.Module:
-    parameter = next(module.parameters())
-    weight = copy.deepcopy(module).float().dense_weight().detach().to(parameter.dtype)
+    weight = copy.deepcopy(module).float().dense_weight().detach().to(module.dtype)
     linear = make_linear(module.replaces, weight, module.bias)
-    linear.weight.requires_grad_(parameter.requires_grad)
+    linear.weight.requires_grad_(module.weight.requires_grad or module.spec.precision == "int8")
     return linear.train(module.training)
 
 

@@ -44,6 +44,11 @@ def unique_ascending(values: list[float]) -> list[float]:
     return sorted(set(values))
 
 
+def unique_names(values: list[str]) -> list[str]:
+    """Each once, in one order: lists that mean the same are the same."""
+    return sorted(set(values))
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, lt=2**63)]
 BigCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1, lt=2**63)]
 
@@ -133,7 +138,7 @@ class ProfilingConfig(Section):
         default_factory=lambda: ["low_rank", "dictionary", "sparse"],
         description="What a layer may become, beside staying dense: low_rank, dictionary, sparse.",
     )
-    precisions: Annotated[list[Literal["float", "int8"]], Field(min_length=1)] = Field(
+    precisions: Annotated[list[Literal["float", "int8"]], Field(min_length=1), AfterValidator(unique_names)] = Field(
         default=["float"],
         description="How the values of a layer may be stored: float (in the model's type), int8 (with a scale for each "
         "row). With both, a budget of bytes chooses; the other budgets count values, whatever their size.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,20 +20,29 @@ from rocket.nn import LAYERS
 def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """The options of a form once more, with int8 values; none of a form whose layer has no such values.
 
-    What rounding adds to the cost is measured on the largest of them, and taken to be the same a value for the others.
+    What rounding adds to the squared error is measured on the largest and on the smallest of them, and interpolated.
     """
     if not options or "int8" not in LAYERS[form.name].precisions:
         return []
-    largest = max(options, key=lambda option: option.parameters)
-    columns = largest.rank or problem.in_features
-    exact = form.build(problem, largest, settings)
-    rounded = quantize_state(exact, columns, problem.weight.dtype)
-    before, after = (problem.evaluate(_multiplied_out(state, columns)) for state in (exact, rounded))
-    price = max(after - before, 0.0) / largest.parameters
-    return [
-        replace(option, cost=option.cost + price * option.parameters, scales=problem.out_features + option.rank)
-        for option in options
-    ]
+    power = 2 if problem.cost == "weight" else 1  # that cost is the root of a squared error
+    prices = {}
+    for option in {max(options, key=_size), min(options, key=_size)}:
+        columns = option.rank or problem.in_features
+        exact = form.build(problem, option, settings)
+        rounded = quantize_state(exact, columns, problem.weight.dtype)
+        before, after = (problem.evaluate(_multiplied_out(state, columns)) for state in (exact, rounded))
+        prices[_size(option)] = max(after**power - before**power, 0.0)
+    sizes = sorted(prices)
+    found = []
+    for option in options:
+        price = float(np.interp(_size(option), sizes, [prices[size] for size in sizes]))
+        cost = float((option.cost**power + price) ** (1 / power))
+        found.append(replace(option, cost=cost, scales=problem.out_features + option.rank))
+    return found
+
+
+def _size(option: Option) -> int:
+    return option.parameters
 
 
 def quantize_state(state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -49,7 +59,9 @@ def quantize_state(state: Mapping[str, Tensor], columns: int, dtype: torch.dtype
         weight, dictionary = weight * lengths, dictionary / lengths.unsqueeze(1)
         quantized["dictionary"], quantized["dictionary_scale"] = int8.quantize(dictionary, dtype)
     values, quantized["weight_scale"] = int8.quantize(weight, dtype)
-    quantized["weight"] = values if mask is None else values[bitmap.unpack_mask(mask, columns)]
+    if mask is not None:
+        values = values[bitmap.unpack_mask(mask, columns)]
+    quantized["weight"] = values if "dictionary" in state else values.flatten()
     return quantized
 
 
@@ -63,4 +75,6 @@ def _matrix(state: Mapping[str, Tensor], name: str, columns: int) -> Tensor:
     values, scale = state[name], state.get(f"{name}_scale")
     if name == "weight" and "mask" in state:
         values = bitmap.unpack(values, state["mask"], columns)
+    elif name == "weight":
+        values = values.view(-1, columns)
     return values.double() if scale is None else int8.dequantize(values, scale.double())

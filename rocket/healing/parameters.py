@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,10 +13,12 @@ from torch.nn.utils import parametrize
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import HealingConfig
-from rocket.forms.precision import quantize_state
-from rocket.kernels import bitmap
+from rocket.kernels import bitmap, int8
 from rocket.nn import CompressedLinear
 from rocket.nn.layers import VALUES
+
+TRAINED = {"values": ("weight", "dictionary"), "dictionary": ("dictionary",), "lora": ("weight",)}
+"""The matrices that are trained, or changed by what is, for each ``healing.train``."""
 
 
 class MaskedLowRank(nn.Module):
@@ -34,7 +36,7 @@ class MaskedLowRank(nn.Module):
         super().__init__()
         weight = layer.get_parameter("weight")
         packed = layer.is_sparse
-        columns = layer.mask_columns if packed else weight.shape[1]
+        columns = layer.spec.rank or layer.in_features
         rank = min(rank, columns, layer.out_features)
         down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
         self.down = nn.Parameter(down.to(weight.device))
@@ -46,7 +48,7 @@ class MaskedLowRank(nn.Module):
             change = self.up @ self.down
             if self.mask is not None:
                 change = change.flatten().index_select(0, bitmap.kept_places(self.mask, change.shape[1]))
-            return (values.float() + change).to(values.dtype)
+            return (values.float() + change.view_as(values)).to(values.dtype)
 
 
 def choose_parameters(model: nn.Module, config: HealingConfig) -> list[str]:
@@ -61,14 +63,13 @@ def choose_parameters(model: nn.Module, config: HealingConfig) -> list[str]:
     chosen: list[nn.Parameter] = []
     for layer in layers.values():
         if layer.spec.precision == "int8":
-            _widen(layer)
+            _widen(layer, TRAINED[config.train])
         if config.train == "lora":
             parametrize.register_parametrization(layer, "weight", MaskedLowRank(layer, config.lora_rank, generator))
             (change,) = layer.parametrizations["weight"]  # type: ignore[index]
             chosen += change.parameters()
         else:
-            names = {"weight", "dictionary"} if config.train == "values" else {"dictionary"}
-            chosen += [parameter for name, parameter in layer.named_parameters() if name in names]
+            chosen += [parameter for name, parameter in layer.named_parameters() if name in TRAINED[config.train]]
     if not chosen:
         raise RocketError(f"healing.train={config.train}: no layer of this model has one; use values")
     for parameter in chosen:
@@ -83,37 +84,36 @@ def settle_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, CompressedLinear):
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(dtype if module.spec.precision == "float" else torch.float32)
             if module.spec.precision == "int8":
                 _narrow(module, dtype)
-    model.requires_grad_(True)
+            for parameter in module.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and not name.endswith("_scale"))
 
 
-def _widen(layer: CompressedLinear) -> None:
-    """Make int8 values parameters that float."""
-    for name in VALUES:
+def _widen(layer: CompressedLinear, names: Iterable[str]) -> None:
+    """Make int8 values those that they stand for, in float32."""
+    for name in names:
         if hasattr(layer, name):
             values = layer.matrix(name).float()
             if name == "weight" and layer.is_sparse:
                 values = values[bitmap.unpack_mask(layer.get_buffer("mask"), layer.mask_columns)]
-            del layer._buffers[name]
-            layer.register_parameter(name, nn.Parameter(values))
-            setattr(layer, f"{name}_scale", None)
+            layer.register_parameter(name, nn.Parameter(values.view_as(getattr(layer, name)), requires_grad=False))
+            layer.register_parameter(f"{name}_scale", None)
 
 
 def _narrow(layer: CompressedLinear, dtype: torch.dtype) -> None:
-    """The inverse of `_widen`: the nearest int8 values. Scales and bias are of type ``dtype``."""
-    state = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
-    columns = layer.spec.rank or layer.in_features
-    for name, tensor in quantize_state(state, columns, dtype).items():
-        if name in VALUES:
-            del layer._parameters[name]
-            layer.register_buffer(name, tensor)
-        elif name.endswith("_scale"):
-            setattr(layer, name, nn.Parameter(tensor))
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(dtype)
+    """Round what `_widen` has made to the nearest int8 values, with scales of type ``dtype``."""
+    for name in VALUES:
+        values = getattr(layer, name, None)
+        if values is not None and values.is_floating_point():
+            rounded, scale = int8.quantize(layer.matrix(name).detach(), dtype)
+            if name == "weight" and layer.is_sparse:
+                rounded = rounded[bitmap.unpack_mask(layer.get_buffer("mask"), layer.mask_columns)]
+            layer.register_parameter(name, nn.Parameter(rounded.view_as(values), requires_grad=False))
+            layer.register_parameter(f"{name}_scale", nn.Parameter(scale, requires_grad=False))
 
 
 def check_unchanged(before: Path, after: Path) -> None:

@@ -75,6 +75,14 @@ def _expand_block(row_values, taken, mask, rows, row_kept, step, words, BLOCK_RO
 
 
 @triton.jit
+def _dense_block(values, rows, row_kept, step, cols, BLOCK_ROWS: tl.constexpr):
+    """256 columns of BLOCK_ROWS rows of a dense matrix: their values [BLOCK_ROWS, 256]."""
+    column = step * 256 + tl.arange(0, 256)
+    place = rows[:, None].to(tl.int64) * cols + column[None, :]
+    return tl.load(values + place, mask=row_kept[:, None] & (column < cols)[None, :], other=0)
+
+
+@triton.jit
 def _units(scale, rows, exists):
     """What one unit of each row's int8 values stands for."""
     return tl.load(scale + rows, mask=exists, other=0.0).to(tl.float32) / 127.0
@@ -83,16 +91,20 @@ def _units(scale, rows, exists):
 @triton.jit
 def vector_kernel(
     values, mask, offsets, scale, x, bias, y, out, cols, words,
-    INT8: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    SPARSE: tl.constexpr, INT8: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y [out] = S x + bias for one row of x; mask is int32 [out, words]."""
+    """y [out] = S x + bias for one row of x; mask is int32 [out, words], or S is dense."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = rows < out
-    row_values = values + tl.load(offsets + rows, mask=exists, other=0)
-    taken = tl.zeros((BLOCK_ROWS,), tl.int32)
+    if SPARSE:
+        row_values = values + tl.load(offsets + rows, mask=exists, other=0)
+        taken = tl.zeros((BLOCK_ROWS,), tl.int32)
     total = tl.zeros((BLOCK_ROWS, 256), tl.float32)
     for step in range(tl.cdiv(cols, 256)):
-        block, taken = _expand_block(row_values, taken, mask, rows, exists, step, words, BLOCK_ROWS)
+        if SPARSE:
+            block, taken = _expand_block(row_values, taken, mask, rows, exists, step, words, BLOCK_ROWS)
+        else:
+            block = _dense_block(values, rows, exists, step, cols, BLOCK_ROWS)
         column = step * 256 + tl.arange(0, 256)
         operand = tl.load(x + column, mask=column < cols, other=0.0)
         total += block.to(tl.float32) * operand.to(tl.float32)[None, :]
@@ -107,17 +119,21 @@ def vector_kernel(
 @triton.jit(do_not_specialize=["batch"])
 def batch_kernel(
     values, mask, offsets, scale, x, bias, y, batch, out, cols, words,
-    INT8: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
+    SPARSE: tl.constexpr, INT8: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y [batch, out] = x Sᵀ + bias for up to 16 rows of x, on tensor cores; BLOCK_ROWS >= 16."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = rows < out
     item = tl.arange(0, 16)
-    row_values = values + tl.load(offsets + rows, mask=exists, other=0)
-    taken = tl.zeros((BLOCK_ROWS,), tl.int32)
+    if SPARSE:
+        row_values = values + tl.load(offsets + rows, mask=exists, other=0)
+        taken = tl.zeros((BLOCK_ROWS,), tl.int32)
     total = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     for step in range(tl.cdiv(cols, 256)):
-        block, taken = _expand_block(row_values, taken, mask, rows, exists, step, words, BLOCK_ROWS)
+        if SPARSE:
+            block, taken = _expand_block(row_values, taken, mask, rows, exists, step, words, BLOCK_ROWS)
+        else:
+            block = _dense_block(values, rows, exists, step, cols, BLOCK_ROWS)
         column = step * 256 + tl.arange(0, 256)
         operand = tl.load(
             x + item[None, :] * cols + column[:, None],
@@ -167,13 +183,38 @@ def sparse_linear(
     scale: Tensor | None = None,
 ) -> Tensor:
     """x Sᵀ + bias, summed in float32; arguments as for `ops.sparse_linear`, all but x contiguous."""
-    batch, out = math.prod(x.shape[:-1]), mask.shape[0]
-    if batch > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (batch, out, cols):
+    out = mask.shape[0]
+    if _batch_of(x) > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (_batch_of(x), out, cols):
         return F.linear(x, expand(values, mask, offsets, cols, scale), bias)
+    return _linear(x, values, (mask.view(torch.int32), offsets), out, bias, scale)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """x Wᵀ + bias for int8 values [out, in], summed in float32; all but x contiguous."""
+    if _batch_of(x) > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (_batch_of(x), *weight.shape):
+        return F.linear(x, int8.dequantize(weight, scale), bias)
+    return _linear(x, weight, None, weight.shape[0], bias, scale)
+
+
+def _batch_of(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    places: tuple[Tensor, Tensor] | None,
+    out: int,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:
+    """The product by the kernels, for a few rows of x. ``places``: mask, as words, and offsets of a sparse matrix."""
     x = x.contiguous()
+    batch, cols = _batch_of(x), x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out))
-    weights, sizes = (values, mask.view(torch.int32), offsets, scale), (out, cols, mask.shape[1] // 4)
-    given = {"INT8": scale is not None, "HAS_BIAS": bias is not None}
+    weights = (values, *(places or (None, None)), scale)
+    sizes = (out, cols, places[0].shape[1] if places else 0)
+    given = {"SPARSE": places is not None, "INT8": scale is not None, "HAS_BIAS": bias is not None}
     with torch.cuda.device_of(x):
         if batch == 1:
             rows = ROWS_A_PROGRAM["vector"]
@@ -181,10 +222,7 @@ def sparse_linear(
         else:
             rows = ROWS_A_PROGRAM["batch"]
             batch_kernel[(triton.cdiv(out, rows),)](
-                *(*weights, x, bias, y, batch, *sizes),
-                **given,
-                BLOCK_ROWS=rows,
-                WIDEN=INTERPRETED,
+                *(*weights, x, bias, y, batch, *sizes), **given, BLOCK_ROWS=rows, WIDEN=INTERPRETED
             )
     return y
 

@@ -29,7 +29,7 @@ def quantize(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     (tensor([[127, -64,    0]], dtype=torch.int8), tensor([1.]))
     """
     largest = torch.linalg.vector_norm(dense, math.inf, dim=1) if dense.numel() else dense.new_zeros(len(dense))
-    scale = largest.to(dtype)
+    scale = largest.clamp(max=torch.finfo(dtype).max).to(dtype)
     step = scale.to(dense.dtype) / STEPS
     step = torch.where(step > 0, step, 1).unsqueeze(1)
     values = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
@@ -38,6 +38,8 @@ def quantize(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def dequantize(values: Tensor, scale: Tensor) -> Tensor:
-    """The matrix [out, cols] that int8 values and their scale stand for, in the type of the scale."""
-    return (values * (scale.float() / STEPS).unsqueeze(1)).to(scale.dtype)
+def dequantize(values: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """The matrix [out, cols] that int8 values and their scale stand for, in the scale's type, in ``out`` if given."""
+    if out is None:
+        out = torch.empty(values.shape, dtype=scale.dtype, device=values.device)
+    return torch.mul(values, (scale.detach().float() / STEPS).unsqueeze(1), out=out)

@@ -137,6 +137,10 @@ def _check_product(x: Tensor, weight: Tensor, cols: int, scale: Tensor | None, o
     dtype = _dtype(weight, scale)
     if x.shape[-1] != cols or x.dtype != dtype:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; the matrix needs {dtype} [..., {cols}]")
+    _check_scale(weight, scale, out)
+
+
+def _check_scale(weight: Tensor, scale: Tensor | None, out: int) -> None:
     if scale is not None and (scale.shape != (out,) or weight.dtype != torch.int8):
         raise ValueError(f"values are {weight.dtype}, their scale {list(scale.shape)}: int8 needs a scale [{out}]")
 
@@ -197,10 +201,12 @@ def _factor_linear_torch(
 
 
 def _dense_linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    _check_scale(weight, scale, weight.shape[0])
     return F.linear(x, weight if scale is None else int8.dequantize(weight, scale), bias)
 
 
 def _expand_torch(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
+    _check_scale(values, scale, mask.shape[0])
     dense = bitmap.unpack(values, mask, cols)
     return dense if scale is None else int8.dequantize(dense, scale)
 
@@ -316,7 +322,7 @@ def _dense_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, sca
     if scale is not None and batch > MAX_KERNEL_BATCH:
         _check_product(x, weight, in_features, scale, out)
         return _expanded_linear(
-            x, out, lambda first, last, _: int8.dequantize(weight[first:last], scale[first:last]), bias
+            x, out, lambda first, last, part: int8.dequantize(weight[first:last], scale[first:last], part), bias
         )
     if kernels is None or batch > MAX_KERNEL_BATCH:
         return _dense_linear_torch(x, weight, bias, scale)
@@ -338,6 +344,7 @@ def _expand_cpu(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale:
     if kernels is None:
         return _expand_torch(values, mask, offsets, cols, scale)
     _check_sparse(values, mask, offsets, cols)
+    _check_scale(values, scale, mask.shape[0])
     dense = values.new_empty((mask.shape[0], cols), dtype=dtype)
     return _expand_into(dense, kernels, values, mask, offsets, scale)
 
@@ -396,8 +403,18 @@ def _sparse_linear_cuda(
     return gpu.sparse_linear(x, values, mask, offsets, cols, bias, scale)
 
 
+def _dense_linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    if scale is None:
+        return F.linear(x, weight, bias)
+    _check_product(x, weight, weight.shape[1], scale, weight.shape[0])
+    from rocket.kernels import gpu
+
+    return gpu.dense_linear(x, weight, bias, scale)
+
+
 def _expand_cuda(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
     _check_sparse(values, mask, offsets, cols)
+    _check_scale(values, scale, mask.shape[0])
     from rocket.kernels import gpu
 
     return gpu.expand(values, mask, offsets, cols, scale)
@@ -453,7 +470,7 @@ for _name, _fake, _torch, _cpu, _cuda in (
     ("sparse_linear", _sparse_linear_fake, _sparse_linear_torch, _sparse_linear_cpu, _sparse_linear_cuda),
     ("sparse_linears", _sparse_linears_fake, _sparse_linears_torch, _sparse_linears_cpu, _sparse_linears_torch),
     ("factor_linear", _factor_linear_fake, _factor_linear_torch, _factor_linear_cpu, _factor_linear_torch),
-    ("dense_linear", _dense_linear_fake, _dense_linear_torch, _dense_linear_cpu, _dense_linear_torch),
+    ("dense_linear", _dense_linear_fake, _dense_linear_torch, _dense_linear_cpu, _dense_linear_cuda),
     ("expand", _expand_fake, _expand_torch, _expand_cpu, _expand_cuda),
     ("pick", _pick_fake, _pick_torch, _pick_torch, _pick_torch),
 ):

@@ -4,10 +4,10 @@ from rocket.nn.layers import (
     LAYERS,
     CompressedLinear,
     FactorizedLinear,
+    Int8Linear,
     LayerSpec,
     LowRankLinear,
     Precision,
-    QuantizedLinear,
     SparseLinear,
 )
 from rocket.nn.optimize import explain, optimize
@@ -17,10 +17,10 @@ __all__ = [
     "LAYERS",
     "CompressedLinear",
     "FactorizedLinear",
+    "Int8Linear",
     "LayerSpec",
     "LowRankLinear",
     "Precision",
-    "QuantizedLinear",
     "RocketConfig",
     "RocketQuantizer",
     "SparseLinear",

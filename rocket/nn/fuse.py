@@ -88,7 +88,7 @@ def share_inputs(model: nn.Module) -> None:
             continue
         if "forward" in vars(module):
             continue
-        features = (module.in_features, module.weight.dtype, next(module.parameters()).dtype, module.weight.device)
+        features = (module.in_features, module.weight.dtype, module.dtype, module.weight.device)
         groups.setdefault((module.spec.input_group, *features), []).append(module)
     for layers in groups.values():
         if len(layers) > 1:

@@ -43,7 +43,7 @@ class LayerSpec:
         kinds = {"form": str, "in_features": int, "out_features": int, "rank": int, "nnz": int, "input_group": str}
         given = {"precision": "float", **values}
         if set(given) != {*kinds, "precision"} or any(type(given[key]) is not kind for key, kind in kinds.items()):
-            raise ValueError(f"expected {', '.join(kinds)}, got {dict(values)!r:.200}")
+            raise ValueError(f"expected {', '.join(kinds)} (and precision), got {dict(values)!r:.200}")
         if given["precision"] not in get_args(Precision):
             raise ValueError(f"precision {given['precision']!r:.80}: there are {', '.join(get_args(Precision))}")
         return cls(**given)
@@ -60,11 +60,11 @@ class CompressedLinear(nn.Module):
     """y = W x + b with W [out, in] in a compressed form.
 
     ``dictionary`` [rank, in] and ``weight`` are the matrices that make up W, those of the form; ``mask`` is there where
-    ``weight`` is sparse, with ``mask_columns`` columns that are not padding. Values are parameters, or, with the
-    precision int8, buffers, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] are parameters. ``precisions``
-    are those that the form can have. ``uses_kernels`` tells whether products go through `kernels.ops`. ``replaces`` is
-    the class of the layer whose place this one took. ``macko`` is the sparse matrix in MACKO's format too, where that
-    backend was asked for (`use_macko`).
+    ``weight`` is sparse, with ``mask_columns`` columns that are not padding. With the precision int8 their values are
+    that, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] lie beside them; none of these takes a gradient
+    (`rocket heal` trains what they stand for). ``precisions`` are those that the form can have. ``uses_kernels`` tells
+    whether products go through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took.
+    ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
     """
 
     form: str
@@ -88,6 +88,12 @@ class CompressedLinear(nn.Module):
         _check(spec.out_features > 0, spec, "out_features")
         _check(spec.precision in self.precisions, spec, "precision")
         self.register_parameter("bias", nn.Parameter(torch.zeros(spec.out_features)) if bias else None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer computes in."""
+        scale = self.weight_scale if self.spec.precision == "int8" else None
+        return self.weight.dtype if scale is None else scale.dtype
 
     @property
     def is_sparse(self) -> bool:
@@ -130,12 +136,13 @@ class CompressedLinear(nn.Module):
 
     def _store(self, name: str, rows: int, *shape: int) -> None:
         """Make the tensors for the values of ``weight`` or ``dictionary``, a matrix of so many rows."""
-        quantized = self.spec.precision == "int8"
-        if quantized:
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8))
+        if self.spec.precision == "int8":
+            values = nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
+            scale = nn.Parameter(torch.zeros(rows), requires_grad=False)
         else:
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.register_parameter(f"{name}_scale", nn.Parameter(torch.zeros(rows)) if quantized else None)
+            values, scale = nn.Parameter(torch.zeros(shape)), None
+        self.register_parameter(name, values)
+        self.register_parameter(f"{name}_scale", scale)
 
     def _store_sparse(self, columns: int) -> None:
         """Make ``weight`` and ``mask`` for a sparse matrix [out, columns]."""
@@ -154,6 +161,8 @@ class CompressedLinear(nn.Module):
             if scale is None and torch.is_autocast_enabled(device):
                 values = values.to(torch.get_autocast_dtype(device))  # or the product rounds all, zeros too
             return ops.expand(values, mask, bitmap.row_offsets(mask), self.mask_columns, scale)
+        if values.ndim == 1:
+            values = values.view(self.out_features, self.in_features)
         return values if scale is None else int8.dequantize(values, scale)
 
     def dense_weight(self) -> Tensor:
@@ -176,8 +185,11 @@ VALUES = ("weight", "dictionary")
 """The tensors of a layer that hold the values which make up W."""
 
 
-class QuantizedLinear(CompressedLinear):
-    """W dense, its values int8: ``weight`` [out, in]."""
+class Int8Linear(CompressedLinear):
+    """W dense, its values int8: ``weight`` [out · in], row by row.
+
+    Flat, as [out, in] is what transformers without rocket would take for the weight of an ``nn.Linear``.
+    """
 
     form = "dense"
     precisions = ("int8",)
@@ -186,11 +198,12 @@ class QuantizedLinear(CompressedLinear):
         super().__init__(spec, bias)
         _check(spec.rank == 0, spec, "rank")
         _check(spec.nnz == 0, spec, "nnz")
-        self._store("weight", spec.out_features, spec.out_features, spec.in_features)
+        self._store("weight", spec.out_features, spec.out_features * spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self._by_kernels(inputs):
-            return ops.dense_linear(inputs, self.weight, self.bias, self.weight_scale)
+            weight = self.weight.view(self.out_features, self.in_features)
+            return ops.dense_linear(inputs, weight, self.bias, self.weight_scale)
         return F.linear(inputs, self.dense_weight(), self.bias)
 
     def dense_weight(self) -> Tensor:
@@ -254,8 +267,10 @@ class SparseLinear(CompressedLinear):
     def packed(self) -> tuple[Any, Any, Any, Any, Any]:
         """``weight``, ``mask``, ``offsets``, ``bias`` and scale, without the detour that a module's attributes take."""
         parameters, buffers = self._parameters, self._buffers
-        values = buffers["weight"] if "weight" in buffers else parameters["weight"]
-        return values, buffers["mask"], self.offsets, parameters["bias"], parameters["weight_scale"]
+        return (
+            *(parameters["weight"], buffers["mask"], self.offsets),
+            *(parameters["bias"], parameters["weight_scale"]),
+        )
 
     def use_kernels(self, wanted: bool = True) -> None:
         super().use_kernels(wanted)
@@ -293,7 +308,7 @@ class FactorizedLinear(CompressedLinear):
 
 
 LAYERS: dict[str, type[CompressedLinear]] = {
-    layer.form: layer for layer in (QuantizedLinear, LowRankLinear, SparseLinear, FactorizedLinear)
+    layer.form: layer for layer in (Int8Linear, LowRankLinear, SparseLinear, FactorizedLinear)
 }
 
 

@@ -97,7 +97,7 @@ _ON_DEVICE = "torch's own product is good on this device"
 
 
 def _explain(name: str, module: nn.Module) -> LayerExplanation:
-    parameter = next(module.parameters())
+    parameter = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     kernel = _kernel(parameter)
     dense_kernel = kernel if parameter.device.type == "cpu" else None
     few = "memory-speed product for few rows of input"
@@ -105,21 +105,28 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
         if type(module) is not DenseLinear:
             return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")
         return LayerExplanation(name, "dense", dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
+    form = module.form if module.spec.precision == "float" else f"{module.form} {module.spec.precision}"
     if not module.uses_kernels:
-        reason = (
-            "its tensors are offloaded" if _offloaded(module) else "not optimized: sparse matrices are expanded first"
-        )
-        return LayerExplanation(name, module.form, "torch", reason)
+        reason = "its tensors are offloaded" if _offloaded(module) else f"not optimized: {_made_dense(module)}"
+        return LayerExplanation(name, form, "torch", reason)
     if kernel is None:
-        return LayerExplanation(name, module.form, "torch", _why_no_kernel(parameter))
+        return LayerExplanation(name, form, "torch", _why_no_kernel(parameter))
+    if not module.is_sparse and module.spec.precision == "int8":
+        return LayerExplanation(name, form, kernel, few)
     if not module.is_sparse:
-        return LayerExplanation(name, module.form, dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
+        return LayerExplanation(name, form, dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
     if module.macko is not None:
-        return LayerExplanation(name, module.form, "macko", f"one row of input; {kernel} for more")
+        return LayerExplanation(name, form, "macko", f"one row of input; {kernel} for more")
     reason = "packed values, expanded only for many rows of input"
     if isinstance(module, SparseLinear) and module.shared_input is not None:
         reason += f"; one product for {len(module.shared_input.layers)} layers of this input"
-    return LayerExplanation(name, module.form, kernel, reason)
+    return LayerExplanation(name, form, kernel, reason)
+
+
+def _made_dense(layer: CompressedLinear) -> str:
+    if layer.spec.precision == "int8":
+        return "int8 values are converted first"
+    return "sparse matrices are expanded first" if layer.is_sparse else "torch's own products"
 
 
 def _offloaded(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rocket.config.errors import RocketError
 from rocket.kernels import bitmap
-from rocket.nn.layers import CompressedLinear, LayerSpec, empty_layer
+from rocket.nn.layers import VALUES, CompressedLinear, LayerSpec, empty_layer
 from rocket.nn.optimize import attach_optimize
 
 if TYPE_CHECKING:
@@ -112,8 +112,13 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for name, module in model.named_modules():
-            if isinstance(module, CompressedLinear) and module.is_sparse:
-                _check_mask(name, module)
+            if isinstance(module, CompressedLinear):
+                _check_values(name, module)
+                if module.spec.precision == "int8":  # loaded, parameters take gradients again
+                    for key in VALUES:
+                        for tensor in (getattr(module, key, None), getattr(module, f"{key}_scale", None)):
+                            if tensor is not None:
+                                tensor.requires_grad_(False)
         _keep_names(model)
         attach_optimize(model)
         return model
@@ -285,10 +290,19 @@ def _fits(name: str, stored: StoredTensor, tensor: torch.Tensor, must_fit: bool)
     return stored.shape == tuple(tensor.shape)
 
 
-def _check_mask(name: str, layer: CompressedLinear) -> None:
-    mask = layer.get_buffer("mask")
-    if mask.device.type == "meta":
-        return
+def _check_values(name: str, layer: CompressedLinear) -> None:
+    """Whether a layer that was loaded is what config.json says. transformers 4 tells no headers beforehand."""
+    for key in VALUES:
+        values = getattr(layer, key, None)
+        if values is not None and (values.dtype == torch.int8) != (layer.spec.precision == "int8"):
+            raise RocketError(
+                f"{name}.{key} holds {values.dtype} values, but config.json has the precision {layer.spec.precision}"
+            )
+    if layer.is_sparse and layer.get_buffer("mask").device.type != "meta":
+        _check_mask(name, layer, layer.get_buffer("mask"))
+
+
+def _check_mask(name: str, layer: CompressedLinear, mask: torch.Tensor) -> None:
     kept = int(bitmap.unpack_mask(mask, layer.mask_columns).sum())
     if not kept == bitmap.count(mask) == layer.spec.nnz:
         raise RocketError(

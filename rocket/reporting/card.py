@@ -31,10 +31,10 @@ def model_card(
     its arguments alone, so that it can be written anew.
     """
     parts = [
-        _front_matter(config),
+        _front_matter(config, plan),
         f"# {_plain(config.model.path)}, compressed by ROCKET",
-        f"{_code(config.model.path)} with {100 * plan.removed_ratio:.1f} % of the parameters of its "
-        f"{len(plan.choices)} target layers removed, without training, by [ROCKET](https://arxiv.org/abs/2602.11008). "
+        f"{_code(config.model.path)}, compressed by [ROCKET](https://arxiv.org/abs/2602.11008) without training: "
+        f"{plan}, {100 * plan.bytes_removed_ratio:.1f} % of all bytes saved. "
         "The base model's licence and limits apply.",
         "## Size\n\n" + _sizes(plan),
         "## Quality\n\n" + _quality(plan, original, compressed),
@@ -46,8 +46,12 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(config: Config) -> str:
-    values: dict[str, object] = {"library_name": "transformers", "tags": ["rocket", "compressed", "sparse"]}
+def _tags(plan: Plan) -> list[str]:
+    return sorted({label for option in plan.choices.values() for label in option.label.split() if label != "dense"})
+
+
+def _front_matter(config: Config, plan: Plan) -> str:
+    values: dict[str, object] = {"library_name": "transformers", "tags": ["rocket", "compressed", *_tags(plan)]}
     if _is_hub_id(config.model.path):
         values = {"base_model": config.model.path, **values}
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"

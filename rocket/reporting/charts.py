@@ -99,9 +99,9 @@ def _other_planners(planner: Planner) -> Iterator[tuple[str, Planner]]:
     planner = replace(planner, measured=())
     if planner.allocation.method != "uniform":
         yield "predicted, uniform", replace(planner, allocation=AllocationConfig(method="uniform"))
-    if {"dictionary"} < set(planner.profiling.forms):
+    if {"dictionary"} < set(planner.profiling.forms) and "float" in planner.profiling.precisions:
         profiles = [
-            replace(profile, options=tuple(one for one in profile.options if one.form in ("dense", "dictionary")))
+            replace(profile, options=tuple(one for one in profile.options if one.label in ("dense", "dictionary")))
             for profile in planner.profiles
         ]
         yield "predicted, dictionaries only", replace(planner, profiles=profiles)

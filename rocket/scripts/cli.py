@@ -89,9 +89,7 @@ def entry_point(command: Callable[..., None]) -> Callable[[], None]:
 def show_summary(summary: Summary) -> None:
     """The final table: original, compressed and healed side by side, then what each stage took."""
     plan = summary.plan
-    table = Table(
-        title=f"{plan.budget.name}: {100 * plan.removed_ratio:.1f} % of the target layers' parameters removed"
-    )
+    table = Table(title=f"{plan.budget.name}: {plan}")
     for column in ("", "original", "compressed", "healed")[: 2 + len(summary.smaller)]:
         table.add_column(column, justify="left" if not column else "right")
     for name, before, after in (

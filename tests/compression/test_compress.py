@@ -11,7 +11,7 @@ import rocket
 from rocket.allocation import Plan
 from rocket.config.errors import RocketError
 from rocket.forms import Option
-from rocket.nn import LAYERS, CompressedLinear, QuantizedLinear
+from rocket.nn import LAYERS, CompressedLinear, Int8Linear
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_without_float_every_layer_is_int8(make_model, token_ids, quick_settings
     plan = planner.at(removed_ratio=0.01)
     compressed = rocket.compress(model, plan)
     assert all(compressed.get_submodule(name).spec.precision == "int8" for name in plan.choices)
-    assert any(type(module) is QuantizedLinear for module in compressed.modules())
+    assert any(type(module) is Int8Linear for module in compressed.modules())
 
 
 def test_the_original_is_untouched(planned, plan):

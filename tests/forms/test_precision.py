@@ -9,7 +9,7 @@ from rocket.forms.precision import quantize_state
 from rocket.kernels import bitmap
 from rocket.nn.layers import empty_layer
 
-BOTH = ProfilingConfig(removed_ratios=[0.2, 0.5], precisions=["float", "int8"])
+BOTH = ProfilingConfig(removed_ratios=[0.2, 0.4, 0.6], precisions=["float", "int8"])
 FORMS = ["dense", "low_rank", "dictionary", "sparse"]
 
 
@@ -17,6 +17,10 @@ def layer_of(problem, option, dtype=torch.float32):
     layer = empty_layer(option.spec(problem.in_features, problem.out_features, ""), bias=False)
     layer.load_state_dict(build(problem, option, BOTH, dtype))
     return layer
+
+
+def multiplied_out(problem, option, form):
+    return problem.weight if form == "dense" else layer_of(problem, option).double().dense_weight().detach()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -27,13 +31,17 @@ def test_costs_are_those_of_the_rounded_layer(make_problem, form, cost):
     rounded = [option for option in options if option.scales and option.form == form]
     exact = [option for option in options if not option.scales and option.form == form]
     assert len(rounded) == len(exact) > 0
+    power = 2 if cost == "weight" else 1
     for option, twin in zip(rounded, exact, strict=True):
         assert (option.parameters, option.mask_bits, option.rank, option.nnz) == (
             *(twin.parameters, twin.mask_bits),
             *(twin.rank, twin.nnz),
         )
-        assert option.cost > twin.cost
+        assert option.cost >= twin.cost
         real = problem.evaluate(layer_of(problem, option).dense_weight().detach())
+        added = option.cost**power - twin.cost**power
+        exact_cost = problem.evaluate(multiplied_out(problem, twin, form))
+        assert added == pytest.approx(real**power - exact_cost**power, rel=0.4, abs=1e-3 * real**power)
         if form == "dense":
             assert option.cost == pytest.approx(real, rel=0.02)
         else:  # sparse costs are interpolated, refits are better than promised

@@ -20,9 +20,9 @@ def test_untrained_they_are_what_they_were(make_compressed, token_ids, dtype, tr
     with torch.no_grad():
         expected = model(input_ids=token_ids).logits
     chosen = choose_parameters(model, HealingConfig(minutes=1, train=train))
-    assert not any(name.endswith("_scale") for name in chosen)
-    if train == "values":
-        assert {name.rpartition(".")[2] for name in chosen} == {"weight", "dictionary"}
+    trained = {"values": {"weight", "dictionary"}, "dictionary": {"dictionary"}, "lora": {"down", "up"}}[train]
+    assert {name.rpartition(".")[2] for name in chosen} == trained
+    assert all(parameter.requires_grad == (name in chosen) for name, parameter in model.named_parameters())
     settle_parameters(model, dtype)
     after = model.state_dict()
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in after.items()} == {

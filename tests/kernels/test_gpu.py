@@ -48,6 +48,17 @@ def check_products(
     roundings = 2 if quantized and batch > gpu.MAX_KERNEL_BATCH else 1  # of the expanded weights, too
     assert torch.all((y.double() - expected).abs() <= roundings * DTYPES[dtype] * size + torch.finfo(dtype).tiny)
 
+    if quantized:
+        whole, scale = int8.quantize(dense.float(), dtype)
+        exact = whole.double() * (scale.double() / 127)[:, None]
+        y, size = (
+            gpu.dense_linear(x, whole, bias, scale),
+            F.linear(*(t if t is None else t.double().abs() for t in (x, exact, bias))),
+        )
+        expected = F.linear(x.double(), exact, wide[2])
+        assert torch.all((y.double() - expected).abs() <= roundings * DTYPES[dtype] * size + torch.finfo(dtype).tiny)
+        scale = int8.quantize(weight, dtype)[1]
+
     x[0, -1] = float("nan")
     y = gpu.sparse_linear(x, values, mask, offsets, cols, bias, scale)
     assert torch.equal(y.isnan(), F.linear(x, weight.to(dtype), bias).isnan())
@@ -73,8 +84,8 @@ def test_products(shape: tuple[int, int], dtype: torch.dtype, batch: int, densit
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (80, "fp16"), (90, "fp32")])
 @pytest.mark.parametrize("name", ["vector", "batch", "expand"])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_compiles_without_a_gpu(name: str, dtype: str, capability: int, quantized: bool) -> None:
+@pytest.mark.parametrize(("sparse", "quantized"), [(True, False), (True, True), (False, True)])
+def test_compiles_without_a_gpu(name: str, dtype: str, capability: int, sparse: bool, quantized: bool) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -82,7 +93,15 @@ def test_compiles_without_a_gpu(name: str, dtype: str, capability: int, quantize
     from rocket.kernels import gpu
 
     kernel = getattr(gpu, f"{name}_kernel")
-    constants = {"INT8": quantized, "HAS_BIAS": True, "WIDEN": False, "BLOCK_ROWS": gpu.ROWS_A_PROGRAM[name]}
+    if name == "expand" and not sparse:
+        pytest.skip("a dense matrix is not expanded")
+    constants = {
+        "SPARSE": sparse,
+        "INT8": quantized,
+        "HAS_BIAS": True,
+        "WIDEN": False,
+        "BLOCK_ROWS": gpu.ROWS_A_PROGRAM[name],
+    }
     types = {
         "values": "*i8" if quantized else f"*{dtype}",
         "mask": "*i32",

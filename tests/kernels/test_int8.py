@@ -35,6 +35,11 @@ def test_no_values():
         assert int8.dequantize(values, scale).shape == shape
 
 
+def test_a_scale_never_overflows():
+    values, scale = int8.quantize(torch.tensor([[1e6, 1.0]]), torch.float16)
+    assert int8.dequantize(values, scale).tolist() == [[65504.0, 0.0]]
+
+
 def test_a_row_too_small_for_the_type_of_its_scale_is_zero():
     values, scale = int8.quantize(torch.tensor([[1e-30, -1e-30]]).double(), torch.float16)
     assert int8.dequantize(values, scale).tolist() == [[0.0, 0.0]]

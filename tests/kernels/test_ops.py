@@ -309,6 +309,12 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match=r"values are torch.float32, their scale \[6\]: int8 needs a scale \[6\]"):
         ops.sparse_linear(torch.randn(1, 70), *sparse, 70, None, torch.ones(6))
     whole = torch.ones(6, 70, dtype=torch.int8)
+    packed = torch.ones_like(sparse.values, dtype=torch.int8)
+    for path in ("torch", PATHS[0]):
+        with forced(path), pytest.raises(ValueError, match=r"their scale \[1\]: int8 needs a scale \[6\]"):
+            ops.expand(packed, *sparse[1:], 70, torch.ones(1))
+        with forced(path), pytest.raises(ValueError, match=r"values are torch\.float32, their scale"):
+            ops.expand(*sparse, 70, torch.ones(6))
     for batch in (1, 20):
         with pytest.raises(ValueError, match=r"their scale \[5\]: int8 needs a scale \[6\]"):
             ops.dense_linear(torch.randn(batch, 70), whole, None, torch.ones(5))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from rocket.kernels import bitmap
-from rocket.nn import LAYERS, FactorizedLinear, LayerSpec, LowRankLinear, QuantizedLinear, SparseLinear
+from rocket.nn import LAYERS, FactorizedLinear, Int8Linear, LayerSpec, LowRankLinear, SparseLinear
 from rocket.nn.layers import CompressedLinear, empty_layer
 
 IN, OUT, RANK, KEPT = 70, 24, 20, 300  # 70 columns: rows of the mask are padded to two words
@@ -200,7 +200,7 @@ def test_an_unknown_precision():
 
 def test_registry():
     assert {
-        "dense": QuantizedLinear,
+        "dense": Int8Linear,
         "low_rank": LowRankLinear,
         "sparse": SparseLinear,
         "dictionary": FactorizedLinear,

@@ -3,10 +3,11 @@
     python -m benchmarks.healing --removed 0.4 0.5 --minutes 20
     python -m benchmarks.healing --removed 0.5 --tokens 20480 --run output/default --set healing.train=lora
 
-The default config's model is compressed at each size and healed on the calibration part of the presidential addresses;
-the loss is measured on held-out addresses and on BoolQ's Wikipedia passages, of which neither calibration nor healing
-sees any. Beside it the original is healed in the same way, all weights of its target layers trained, so that what comes
-back can be told from mere adaptation to the text: by language modelling only, as it has nothing to learn from itself.
+The default config's model is compressed at each size, calibrated on presidential addresses, and healed on prose of many
+kinds (`embedded:mixed`); the loss is measured on held-out addresses and on BoolQ's Wikipedia passages, of which neither
+calibration nor healing sees any. Beside it the original is healed in the same way, all weights of its target layers
+trained, so that what comes back can be told from mere adaptation to the text: by language modelling only, as it has
+nothing to learn from itself.
 
 ``share_back`` is (before - after) / (before - original) in nats a token: the share of the lost loss that came back.
 ``against_healed`` is the same where the original may adapt as well: 1 would be as good as the healed original.

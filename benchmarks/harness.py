@@ -65,15 +65,16 @@ def peak_allocated_mb(fn: Callable[[], object]) -> float:
         tracemalloc.stop()
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], after: str = "") -> Path:
     """Print the rows as a table and write benchmarks/results/NAME.json with what is needed to repeat them.
 
     rows: JSON values only; one row per configuration, columns may differ between rows.
+    after: the commands that made those of the rows that this one did not.
     """
     spec = sys.modules["__main__"].__spec__
     command = " ".join(["python -m", spec.name if spec else f"benchmarks.{name}", *sys.argv[1:]])
     results = {
-        "command": command,
+        "command": f"{after} ; {command}" if after else command,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": machine(),
         "versions": versions(),

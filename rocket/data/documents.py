@@ -57,10 +57,11 @@ def load_documents(
     Sources on the hub that have splits keep them; being streamed, they are not searched for documents that are in both.
 
     Args:
-        source: `embedded` (or `embedded:sotu`; presidential addresses), `embedded:boolq` (Wikipedia passages);
-            `wikitext`, `c4`, `fineweb`, `alpaca`; `hub:owner/name[:config]` for any other data set on the Hugging Face
-            hub; or the path of a .txt, .jsonl or .parquet file, or of a folder of them (searched recursively, in
-            sorted order). A .txt file is one document, unless it is the only file: then blank lines part the documents.
+        source: `embedded` (or `embedded:sotu`; presidential addresses), `embedded:boolq` (Wikipedia passages),
+            `embedded:mixed` (prose of many kinds, none of it Wikipedia's); `wikitext`, `c4`, `fineweb`, `alpaca`;
+            `hub:owner/name[:config]` for any other data set on the Hugging Face hub; or the path of a .txt, .jsonl or
+            .parquet file, or of a folder of them (searched recursively, in sorted order). A .txt file is one document,
+            unless it is the only file: then blank lines part the documents.
         split: `calibration`, `held_out`, or `all` for the evaluation of a source that is never calibrated on.
         text_field: The column that holds the text, for .jsonl, .parquet and `hub:` sources.
         max_documents: Take the first so many of the split; None for all, or for `stream_limit` of a streamed source.

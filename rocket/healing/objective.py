@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from rocket.calib.objective import class_scores
 from rocket.calib.positions import Positions
 from rocket.config.errors import RocketError
-from rocket.models import Batch, is_encoder_decoder, label_scores, labels_of
+from rocket.models import Batch, is_causal_lm, is_encoder_decoder, label_scores, labels_of
+from rocket.models.inputs import IGNORED
 
 CHUNK_VALUES = 1 << 22
 """Scores that are worked on at once in float32: few enough to stay near the processor."""
@@ -33,36 +34,36 @@ def distillation(model: nn.Module, output: Any, original: Any, batch: Batch, tem
     the batch's labels; of all positions but padding where there are no labels (classifiers, masked language models,
     CTC). Raises RocketError if the model puts out no scores of classes.
     """
-    scores, wanted = (_predictions(model, _logits(model, each), batch) for each in (output, original))
-    divergence: Tensor = _Divergence.apply(scores, wanted, temperature)  # type: ignore[no-untyped-call]
+    scores, wanted = (_logits(model, each).flatten(0, -2) for each in (output, original))
+    rows = _counted(model, _logits(model, output), batch).flatten().nonzero()[:, 0].to(scores.device)
+    divergence: Tensor = _Divergence.apply(scores, wanted, rows, temperature)  # type: ignore[no-untyped-call]
     return divergence
 
 
 class _Divergence(torch.autograd.Function):
-    """Mean T² KL(softmax(target / T) ‖ softmax(scores / T)) over rows [n, classes], for the temperature T.
+    """Mean T² KL(softmax(target / T) ‖ softmax(scores / T)) over some ``rows`` of [n, classes], for the temperature T.
 
-    Its gradient T (softmax(scores / T) - softmax(target / T)) / n is computed on the way, some rows at a time, so that
-    neither distribution is ever there as a whole: they are the largest tensors of a training step.
+    Its gradient T (softmax(scores / T) - softmax(target / T)) / len(rows) is computed on the way, some rows at a time,
+    so that only these are ever copied or float32: scores are the largest tensors of a training step.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, target: Tensor, temperature: float) -> Tensor:
-        gradient = torch.empty_like(scores)
+    def forward(ctx: Any, scores: Tensor, target: Tensor, rows: Tensor, temperature: float) -> Tensor:
+        gradient = torch.zeros_like(scores)
         total = scores.new_zeros((), dtype=torch.float64)
-        rows = max(1, CHUNK_VALUES // scores.shape[-1])
-        parts = zip(scores.split(rows), target.split(rows), gradient.split(rows), strict=True)
-        for part, wanted, slope in parts:
-            predicted = (part.float() / temperature).log_softmax(-1)
-            expected = (wanted.float() / temperature).log_softmax(-1)
+        for some in rows.split(max(1, CHUNK_VALUES // scores.shape[-1])):
+            predicted = scores[some].float().div_(temperature).log_softmax(-1)
+            expected = target[some].float().div_(temperature).log_softmax(-1)
             probability = expected.exp()
             total += (probability * expected.sub_(predicted)).sum()
-            slope.copy_(predicted.exp_().sub_(probability).mul_(temperature / len(scores)))
+            slope = predicted.exp_().sub_(probability).mul_(temperature / len(rows))
+            gradient.index_copy_(0, some, slope.to(gradient.dtype))
         ctx.save_for_backward(gradient)
-        return (total * temperature**2 / len(scores)).float()
+        return (total * temperature**2 / len(rows)).float()
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * incoming, None, None
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * incoming, None, None, None
 
 
 def _logits(model: nn.Module, output: Any) -> Tensor:
@@ -72,9 +73,11 @@ def _logits(model: nn.Module, output: Any) -> Tensor:
     return logits
 
 
-def _predictions(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
-    """Scores [n, classes], float32, of the positions that count."""
-    labels = labels_of(model, batch)
-    if labels is not None and labels.shape == logits.shape[:-1]:
-        return label_scores(model, logits, labels)[0]
-    return Positions(model, batch).select(logits, is_encoder_decoder(model)).float()
+def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
+    """True at the positions [...] of logits [..., classes] whose predictions count."""
+    shape, labels = logits.shape[:-1], labels_of(model, batch)
+    if labels is not None and labels.shape == shape:
+        counted = labels != IGNORED
+        return F.pad(counted[:, 1:], (0, 1)) if is_causal_lm(model) else counted  # a label is predicted one before it
+    mask = Positions(model, batch).mask(shape, is_encoder_decoder(model))
+    return torch.ones(shape, dtype=torch.bool) if mask is None else mask

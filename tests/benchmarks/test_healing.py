@@ -39,3 +39,8 @@ def test_rows(tmp_path, monkeypatch, model_dir, text_file):
             math.log(row[key]) for key in ("perplexity_before", "perplexity", "original_perplexity")
         )
         assert row["share_back"] == pytest.approx((before - after) / (before - target))
+
+    healing.main(["--config", str(tmp_path / "config.yaml"), "--removed", "0.5", "--tokens", "512", "--add", *measured])
+    added = json.loads((tmp_path / "healing.json").read_text())["rows"]
+    assert added[:2] == rows[:2]
+    assert [row["tokens"] for row in added] == [1024, 1024, 512]

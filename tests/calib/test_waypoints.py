@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from rocket.calib import Waypoints, collect_grams, waypoints
+from rocket.calib import Waypoints, collect_grams, measure_sensitivities, sensitivity, waypoints
 from rocket.config import RocketError
 from rocket.config.schema import ModelConfig
 from rocket.models import block_of, find_blocks, load_model, target_layers, unstack_experts
@@ -292,3 +292,29 @@ def test_a_decoder_beside_an_encoder_starts_anew(run, token_ids, kind, kill_in):
     result, runs = calibration.go()
     assert runs == [3, 3, 3, 3]
     assert same(result, expected)
+
+
+def test_killed_sensitivities_go_on(make_model, token_ids, run, monkeypatch):
+    model = make_model("mixtral", num_hidden_layers=2)
+    unstack_experts(model)
+    layers = target_layers(model)
+    batches = [{"input_ids": ids} for ids in token_ids[:8].split(2)]
+    expected = measure_sensitivities(model, layers, batches)
+    score, scored = sensitivity._score, []
+
+    def die_in_the_third(model, batch, seed):
+        scored.append(seed)
+        if scored == [0, 1, 2]:
+            raise Killed
+        return score(model, batch, seed)
+
+    monkeypatch.setattr(sensitivity, "_score", die_in_the_third)
+    with pytest.raises(Killed):
+        measure_sensitivities(model, layers, batches, waypoints=Waypoints(run, "bits"))
+    found = measure_sensitivities(model, layers, batches, waypoints=Waypoints(run, "bits"))
+    assert scored == [0, 1, 2, 2, 3]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    few = {name: layers[name] for name in list(layers)[:3]}
+    measure_sensitivities(model, few, batches, waypoints=Waypoints(run, "bits"))
+    assert scored[5:] == [0, 1, 2, 3]  # sums of other layers do not fit

@@ -267,3 +267,22 @@ def test_files_that_leave_something_out(damaged, finished, name, part, message):
     told = refusal(finished / "config.yaml", f"output_dir={damaged}")
     place = damaged / name.replace("original", "removed-0.30")
     assert told == f"{place} {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("evaluation/original.json", {"accuracies": {"piqa": {"accuracy": 0.5}}}, "accuracies.piqa.task: Field req"),
+        ("evaluation/original.json", {"accuracies": {"piqa": 0.5}}, "accuracies.piqa: Input should be"),
+        ("plans/other.json", {"budget": {"kind": "bytes"}}, "value: Field required"),
+        ("plans/other.json", {"budget": 3}, "content: Input should be"),
+    ],
+)
+def test_files_that_say_something_else(damaged, finished, name, change, message):
+    file = damaged / name
+    stored = file if file.exists() else damaged / "plans" / "removed-0.30.json"
+    artifact = json.loads(stored.read_text())
+    file.write_text(json.dumps(seal_json(name, artifact["fingerprint"], {**artifact["content"], **change})))
+    told = refusal(finished / "config.yaml", f"output_dir={damaged}")
+    assert told is not None
+    assert told.startswith(f"{file}: {message}")

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from benchmarks.ranks import cable, lines_in_spaces, why_no_spaces
 from rocket.ranks import shares
 from rocket.scripts.main import main
 
@@ -69,7 +70,7 @@ def alone(write_config, tmp_path, monkeypatch):
     return tmp_path / "alone"
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_any_number_of_processes_makes_the_same_plan(alone, write_config, tmp_path, processes):
     config = write_config("together")
     result = torchrun(processes, "-m", "rocket", "run", "--config", str(config))
@@ -82,30 +83,53 @@ def test_any_number_of_processes_makes_the_same_plan(alone, write_config, tmp_pa
     assert events.count("profile layers") == 1
 
 
-def test_a_killed_process_ends_all_and_the_same_command_goes_on(alone, write_config, tmp_path):
+@pytest.mark.slow
+def test_two_machines_make_the_same_plan(alone, write_config, tmp_path):
+    """As far as two network namespaces are two machines: each has its own addresses."""
+    reason = why_no_spaces()
+    if reason is not None:
+        pytest.skip(reason)
+    config = write_config("together")
+    with cable():
+        lines = lines_in_spaces(["-m", "rocket", "run", "--config", str(config)])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [subprocess.Popen(line, env=environment, cwd=Path(__file__).parents[1]) for line in lines]
+        assert [process.wait(300) for process in processes] == [0, 0]
+    assert plan_of(tmp_path / "together") == plan_of(alone)
+    assert same_checkpoints(tmp_path / "together", alone)
+
+
+DYING = """
+import os, signal
+from rocket.calib import gram, waypoints
+from rocket.scripts.main import main
+from rocket.stages import profile as stage
+waypoints.SECONDS = 0.0
+owner, name, last = {"gather": (gram.GramAccumulator, "add", 14), "profile": (stage, "profile_layer", 3)}[STAGE]
+work, done = getattr(owner, name), []
+def dying(*args):
+    done.append(1)
+    if len(done) == last and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(*args)
+setattr(owner, name, dying)
+main()
+"""
+
+
+@pytest.mark.parametrize("stage", ["gather", "profile"])
+def test_a_killed_process_ends_all_and_the_same_command_goes_on(alone, write_config, tmp_path, stage):
     config, together = write_config("together"), tmp_path / "together"
     script = tmp_path / "die.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from rocket.stages import profile as stage\n"
-        "from rocket.scripts.main import main\n"
-        "profile = stage.profile_layer\n"
-        "done = []\n"
-        "def dying(*args):\n"
-        "    done.append(1)\n"
-        "    if len(done) == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return profile(*args)\n"
-        "stage.profile_layer = dying\n"
-        "main()\n"
-    )
+    script.write_text(DYING.replace("STAGE", repr(stage)))
     first = torchrun(2, str(script), "run", "--config", str(config))
     assert first.returncode != 0
     assert "Signal 9 (SIGKILL)" in first.stderr
-    assert len(list((together / "profiles").iterdir())) >= 2
     again = torchrun(2, "-m", "rocket", "run", "--config", str(config))
     assert again.returncode == 0, again.stderr
+    assert ("going on from block 2 of 2" in again.stderr) == (stage == "gather")
     assert plan_of(together) == plan_of(alone)
+    assert not (together / "calibration" / "waypoints").exists()
 
     config, recovered = write_config("recovered"), tmp_path / "recovered"
     result = torchrun(2, "--max-restarts=3", str(script), "run", "--config", str(config))

@@ -80,7 +80,7 @@ def test_a_hidden_state_waits_on_disk(write_config, tmp_path):
     model, _ = load_model(load_config(write_config("run")).model, streams=True, states=tmp_path / "states")
     hidden = torch.randn(64, 128, requires_grad=True).clone()
     before, view = hidden.detach().clone(), hidden.view(-1)
-    waiting = spill(model, (None, hidden))
+    waiting = spill(model, hidden)
     assert hidden.untyped_storage().nbytes() == 0
     assert len(list((tmp_path / "states").iterdir())) == 1
     waiting.load()
@@ -89,9 +89,9 @@ def test_a_hidden_state_waits_on_disk(write_config, tmp_path):
     assert torch.equal(view, before.view(-1))
     del waiting
     assert not any((tmp_path / "states").iterdir())
-    assert spill(model, (hidden[:3], None)) is None  # a part of another tensor stays
-    assert spill(model, (model.model.embed_tokens.weight,)) is None  # and so does a weight
-    assert spill(load_model(load_config(write_config("other")).model)[0], (hidden,)) is None
+    assert spill(model, hidden[:3]) is None  # a part of another tensor stays
+    assert spill(model, model.model.embed_tokens.weight) is None  # and so does a weight
+    assert spill(load_model(load_config(write_config("other")).model)[0], hidden) is None
 
 
 def test_release_keeps_what_is_no_file():

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import rocket
 from benchmarks import tiny
 from benchmarks.survival import differences
+from rocket.calib import sensitivity, waypoints
+from rocket.calib.gram import GramAccumulator
 from rocket.config import RocketError, load_config
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.pipeline import run_pipeline
@@ -40,6 +42,42 @@ def finished(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     run(tiny.write_run(root))
     return root
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["gather activations", "measure sensitivities"])
+def test_calibration_goes_on_where_it_was(tmp_path, monkeypatch, stage):
+    config = tiny.write_run(tmp_path, layers=3)
+    run(config)
+    monkeypatch.setattr(waypoints, "SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        # in the last of three blocks with four inputs, on the second of two batches; in the second of two batches
+        owner, name, last = {
+            "gather activations": (GramAccumulator, "add", 23),
+            "measure sensitivities": (sensitivity, "_score", 2),
+        }[stage]
+        work, calls = getattr(owner, name), []
+
+        def dying(*arguments):
+            calls.append(1)
+            if len(calls) == last:
+                raise Killed
+            return work(*arguments)
+
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            run(config, f"output_dir={tmp_path / 'killed'}")
+    calibration = tmp_path / "killed" / "calibration"
+    before = {file.name: file.stat().st_mtime_ns for file in calibration.glob("model.*")}
+    assert len(before) == (8 if stage == "gather activations" else 12)
+    assert (calibration / "waypoints").exists()
+    run(config, f"output_dir={tmp_path / 'killed'}")
+    assert {name: (calibration / name).stat().st_mtime_ns for name in before} == before
+    assert not (calibration / "waypoints").exists()
+    assert differences(tmp_path / "run", tmp_path / "killed") == []
 
 
 @pytest.fixture
@@ -229,3 +267,22 @@ def test_files_that_leave_something_out(damaged, finished, name, part, message):
     told = refusal(finished / "config.yaml", f"output_dir={damaged}")
     place = damaged / name.replace("original", "removed-0.30")
     assert told == f"{place} {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("evaluation/original.json", {"accuracies": {"piqa": {"accuracy": 0.5}}}, "accuracies.piqa.task: Field req"),
+        ("evaluation/original.json", {"accuracies": {"piqa": 0.5}}, "accuracies.piqa: Input should be"),
+        ("plans/other.json", {"budget": {"kind": "bytes"}}, "value: Field required"),
+        ("plans/other.json", {"budget": 3}, "content: Input should be"),
+    ],
+)
+def test_files_that_say_something_else(damaged, finished, name, change, message):
+    file = damaged / name
+    stored = file if file.exists() else damaged / "plans" / "removed-0.30.json"
+    artifact = json.loads(stored.read_text())
+    file.write_text(json.dumps(seal_json(name, artifact["fingerprint"], {**artifact["content"], **change})))
+    told = refusal(finished / "config.yaml", f"output_dir={damaged}")
+    assert told is not None
+    assert told.startswith(f"{file}: {message}")

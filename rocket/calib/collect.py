@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rocket.calib.experts import fill_experts, warn_of
 from rocket.calib.gram import GramAccumulator
 from rocket.calib.positions import Positions, decoder_name, layers_of_media
+from rocket.calib.waypoints import Waypoint, Waypoints, can_go_on, returned, stand_in
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
@@ -88,6 +89,7 @@ def collect_grams(
     layers: Mapping[str, LinearLayer],
     batches: Iterable[Batch],
     grams: MutableMapping[str, Tensor] | None = None,
+    waypoints: Waypoints | None = None,
 ) -> Calibration:
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
@@ -98,15 +100,17 @@ def collect_grams(
 
     Each of several processes (`ranks`) takes its share of the batches, and one of them keeps the matrices of a block.
     All batches go through the model in step, block by block, and each block's matrices are put into ``grams`` (None: a
-    dict) when it is left. Memory: in² float64 for each distinct input of one block, on the device of its layers, the
-    hidden states of all batches, and what ``grams`` keeps, in² float32 for each.
+    dict) when it is left. A pass that was killed goes on from the last of its ``waypoints``, to the same bits. Memory:
+    in² float64 for each distinct input of one block, on the device of its layers, the hidden states of all batches, and
+    what ``grams`` keeps, in² float32 for each.
     Raises RocketError naming layer and batch when activations are not finite, and when no layer is reached at all.
     """
     batches = list(batches)[ranks.rank :: ranks.count]
-    collector = _Collector(model, layers, batches, {} if grams is None else grams)
+    collector = _Collector(model, layers, batches, {} if grams is None else grams, waypoints)
     tasks = [partial(collector.run, number, batch) for number, batch in enumerate(batches)]
     with collector, torch.inference_mode():
-        sweep(model, tasks, collector.visit)
+        collector.go_on(tasks)
+        sweep(model, tasks, collector.visit, collector.skip)
     calibration = collector.finish()
     missing = [name for name in layers if name not in calibration.inputs]
     if missing:
@@ -127,6 +131,7 @@ class _Collector:
         layers: Mapping[str, LinearLayer],
         batches: Sequence[Batch],
         grams: MutableMapping[str, Tensor],
+        waypoints: Waypoints | None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -144,6 +149,9 @@ class _Collector:
         self._positions = [Positions(model, batch) for batch in batches]
         self._encoded: dict[int, Tensor] = {}
         self._short: dict[str, int] = {}
+        self._waypoints = waypoints
+        self._from: Waypoint | None = None
+        self._passed: dict[str, int | None] = {}
         self._device = next(model.parameters()).device
         self._batch = 0
         self._progress = track(range(len(batches) * len(self._blocks)), "calibrate")
@@ -172,14 +180,74 @@ class _Collector:
         self._seen.clear()
         run_forward(self.model, batch, scores=False)
 
+    def go_on(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Take over what an earlier pass had come to, if there was one and all processes can go on from there."""
+        if self._waypoints is None:
+            return
+        waypoint = self._waypoints.last()
+        if waypoint and all(ranks.gather(self._can_go_on(waypoint, tasks))):
+            self._from = waypoint
+            self._passed.update(waypoint.passed)
+            self.inputs.update(waypoint.inputs)
+            self.tokens.update(waypoint.tokens)
+            self._short.update(waypoint.short)
+            logger.info("going on from block %d of %d", len(waypoint.passed) + 1, len(self._blocks))
+        else:
+            self._waypoints.clear()
+
+    def _can_go_on(self, waypoint: Waypoint, tasks: Sequence[Callable[[], None]]) -> bool:
+        if waypoint.batches != len(tasks) or not all(name in self.grams for name in waypoint.tokens):
+            return False
+        try:
+            # Layers that run although no block does are in none that is called as such: what they saw is not kept.
+            return can_go_on(self.model, tasks[0], waypoint.passed) and not self._accumulators
+        finally:
+            self._accumulators.clear()
+            self.inputs.clear()
+
+    def skip(self, call: Call) -> Any:
+        """What blocks return in a pass that goes on behind them."""
+        if self._from is None or call.block not in self._from.passed:
+            return None
+        next(self._progress, None)
+        return stand_in(call, self._from.passed[call.block], seed=0)
+
     def visit(self, block: str, calls: Sequence[Call]) -> Iterator[Any]:
         """Run a block on all batches, then work out its matrices."""
+        start, self._from = self._from, None
+        if start is None:
+            self._save(calls)
         for call in calls:
+            if start is not None and self._waypoints is not None:
+                call = call.entered_by(self._waypoints.state(start, call))
             self._batch = call.task
-            yield call.run()
+            output = call.run()
+            self._note_returned(call, output)
+            yield output
+            del output
             self._seen.clear()
             next(self._progress, None)
         self._close(self._of_block[block])
+
+    def _note_returned(self, call: Call, output: Any) -> None:
+        what = returned(call, output)
+        if self._passed.setdefault(call.block, what) != what:
+            self._passed[call.block] = None
+
+    def _save(self, calls: Sequence[Call]) -> None:
+        """Write a waypoint before a block, if it is time for one and all batches have come to that block."""
+        if self._waypoints is None:
+            return
+        passed = {block: what for block, what in self._passed.items() if what is not None}
+        is_possible = (
+            0 < len(passed) == len(self._passed)
+            and len(calls) == len(self._positions)
+            and not self._accumulators
+            and all(map(_has_whole_state, calls))
+        )
+        if all(ranks.gather(is_possible and self._waypoints.due)):
+            known = (dict(self.inputs), dict(self.tokens), dict(self._short))
+            self._waypoints.save(Waypoint(passed, len(calls), *known), map(_state_of, calls))
 
     def finish(self) -> Calibration:
         """What is known of the layers that saw a token; those too whose blocks were never called as such."""
@@ -278,3 +346,17 @@ class _Collector:
             return inputs.reshape(-1, inputs.shape[-1])
         in_decoder = self._decoder is not None and name.startswith(f"{self._decoder}.")
         return self._positions[self._batch].select(inputs, in_decoder and id(inputs) not in self._encoded)
+
+
+def _has_whole_state(call: Call) -> bool:
+    """Whether a copy of the hidden state lies in memory as it does."""
+    return call.state is not None and call.state.is_contiguous() and call.state.storage_offset() == 0
+
+
+def _state_of(call: Call) -> Tensor:
+    """A copy of the hidden state that enters a block, which waits on disk again if it did."""
+    assert call.state is not None
+    call.load()
+    state = call.state.clone()
+    call.unload()
+    return state

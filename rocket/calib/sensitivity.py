@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rocket.calib.experts import expert_lists, fill_up_sums
 from rocket.calib.objective import objective
+from rocket.calib.waypoints import Waypoints
 from rocket.config.errors import RocketError
 from rocket.models import Batch, Call, LinearLayer, features_of, find_blocks, hold, is_streamed, remedy_of_nan, sweep
 from rocket.ranks import ranks
@@ -31,6 +32,7 @@ def measure_sensitivities(
     batches: Iterable[Batch],
     seed: int = 0,
     seen: Mapping[str, int] | None = None,
+    waypoints: Waypoints | None = None,
 ) -> dict[str, Tensor]:
     """φ [out] of each layer: φ_j = Σ (∂ objective / ∂y_j)² / terms, the sum over all positions of its output.
 
@@ -46,7 +48,8 @@ def measure_sensitivities(
     is right for layers that see more positions than there are labels (the encoder of an encoder-decoder) or fewer
     (an expert).
 
-    Each of several processes (`ranks`) takes its share of the batches; all return the same.
+    Each of several processes (`ranks`) takes its share of the batches; all return the same. Where batches pass one by
+    one, a pass that was killed goes on from the last of its ``waypoints``, to the same bits.
 
     An expert that gradients reached at fewer than `EXPERT_TOKENS` tokens, where a mean of squares is known to about
     √(2/64) = 18 %, is filled up to so many by the mean of its siblings; how many tokens it gets follows from ``seen``,
@@ -59,16 +62,18 @@ def measure_sensitivities(
     blocks = find_blocks(model)
     sums = {name: torch.zeros(features_of(layer)[0], dtype=torch.float64) for name, layer in layers.items()}
     tokens = dict.fromkeys(layers, 0)
-    terms: list[float] = []
+    terms = _go_on(waypoints, sums, tokens)
     mine = range(ranks.rank, len(batches), ranks.count)
     at_once = len(mine) if is_streamed(model) else 1
-    progress = track(range(2 * len(mine) * len(blocks)), "sensitivities")
+    progress = track(range(2 * (len(mine) - len(terms)) * len(blocks)), "sensitivities")
     with _gradients_of_outputs(model, layers, sums, tokens), torch.enable_grad():
-        for start in range(0, len(mine), max(at_once, 1)):
+        for start in range(len(terms), len(mine), max(at_once, 1)):
             chain = _Chain(model, progress)
             scored = [partial(_score, model, batches[n], seed + n) for n in mine[start : start + at_once]]
             terms += sweep(model, scored, chain.visit)
             chain.run_back()
+            if waypoints is not None and waypoints.due and len(terms) < len(mine):
+                waypoints.save_sums({**sums, **_counts(tokens, terms)})
     progress.close()
     everyones = ranks.gather((terms, tokens))
     total_terms = math.fsum(term for terms, _ in everyones for term in terms)
@@ -81,6 +86,26 @@ def measure_sensitivities(
     reached = {name: values for name, values in sensitivities.items() if values.any()}
     _check(model, reached, sums)
     return reached
+
+
+def _go_on(waypoints: Waypoints | None, sums: Mapping[str, Tensor], tokens: dict[str, int]) -> list[float]:
+    """Take over the sums and tokens that an earlier pass had come to; the terms of the batches that it had scored."""
+    found = {} if waypoints is None else waypoints.sums()
+    wanted = {**sums, **_counts(tokens, [])}
+    if found.keys() != wanted.keys() or any(
+        found[name].shape != total.shape or found[name].dtype != total.dtype
+        for name, total in wanted.items()
+        if name != "terms"
+    ):
+        return []
+    for name, total in sums.items():
+        total.copy_(found[name])
+    tokens.update(zip(tokens, found["tokens"].tolist(), strict=True))
+    return found["terms"].tolist()
+
+
+def _counts(tokens: Mapping[str, int], terms: Sequence[float]) -> dict[str, Tensor]:
+    return {"tokens": torch.tensor(list(tokens.values())), "terms": torch.tensor(terms, dtype=torch.float64)}
 
 
 def _check(model: nn.Module, reached: Mapping[str, Tensor], layers: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from rocket.config.schema import EvaluationConfig
 from rocket.data import load_documents, load_samples, pack_tokens
 from rocket.evaluation.metrics import Score, Subject, fitting_metrics
 from rocket.evaluation.perplexity import perplexity, spread_windows
+from rocket.evaluation.scores import TaskResult
 from rocket.evaluation.tasks import zero_shot
 from rocket.models import is_causal_lm, sample_batches, token_batches
 from rocket.models.inputs import tokenizer_of
@@ -30,7 +31,7 @@ class Evaluation:
     """
 
     perplexities: dict[str, float]
-    accuracies: dict[str, dict[str, Any]]
+    accuracies: dict[str, TaskResult]
     scores: dict[str, list[Score]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
@@ -65,8 +66,7 @@ def evaluate(
     scores, kept = _measure(subjects, reference)
     tasks = {}
     if settings.tasks:
-        results = zero_shot(model, tokenizer_of(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
-        tasks = {task: asdict(result) for task, result in results.items()}
+        tasks = zero_shot(model, tokenizer_of(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
     return Evaluation(perplexities, tasks, scores, sorted(kept)), kept
 
 

@@ -88,13 +88,10 @@ def hold(model: nn.Module, block: str) -> Iterator[None]:
         residence.leave(module, held=True)
 
 
-def spill(model: nn.Module, candidates: Iterable[Any]) -> Spilled | None:
-    """Write the first hidden state among the candidates to disk, if the model's wait there, and free its memory."""
+def spill(model: nn.Module, hidden: Tensor | None) -> Spilled | None:
+    """Write a hidden state to disk, if the model's wait there, and free its memory."""
     residence = _residence_of(model)
-    if residence is None or residence.states is None:
-        return None
-    hidden = next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
-    if hidden is None:
+    if residence is None or residence.states is None or hidden is None:
         return None
     storage = hidden.untyped_storage()
     is_whole = storage.nbytes() == hidden.numel() * hidden.element_size() and storage.resizable()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
 
 from rocket.models.inputs import with_padding_token, without_cache
 from rocket.models.residence import Spilled, hold, in_step, spill
@@ -37,6 +37,19 @@ class Call:
     kwargs: Mapping[str, Any]
     hidden: Spilled | None = None
 
+    @property
+    def state(self) -> Tensor | None:
+        """The hidden state that enters the block; None if it is not told."""
+        candidates = (*self.args[:1], self.kwargs.get("hidden_states"))
+        return next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+    def entered_by(self, state: Tensor) -> Call:
+        """The same call with another hidden state."""
+        own = self.state
+        args = tuple(state if value is own else value for value in self.args)
+        kwargs = {name: state if value is own else value for name, value in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs, hidden=None)
+
     def run(self) -> Any:
         self.load()
         return self.forward(*self.args, **self.kwargs)
@@ -58,16 +71,22 @@ def run_calls(block: str, calls: Sequence[Call]) -> Iterator[Any]:
         yield call.run()
 
 
+def skip_none(call: Call) -> None:
+    """What lets every block be visited."""
+
+
 def sweep(
     model: nn.Module,
     tasks: Sequence[Callable[[], Result]],
     visit: Callable[[str, Sequence[Call]], Iterable[Any]] = run_calls,
+    skip: Callable[[Call], Any] = skip_none,
 ) -> list[Result]:
     """Results of the tasks, each of which runs the model once.
 
     ``visit(block, calls)`` yields what each of the calls returns, in their order; all tasks that have come to a block
-    are in one visit of it. Memory: the hidden states of all batches, if they do not wait on disk, beside the weights of
-    one block where a model's do not stay in memory (`residence`). What a task raises ends all of them.
+    are in one visit of it. Where ``skip(call)`` is not None the call returns that, and its block is not visited.
+    Memory: the hidden states of all batches, if they do not wait on disk, beside the weights of one block where a
+    model's do not stay in memory (`residence`). What a task raises ends all of them.
     """
     results: dict[int, Result] = {}
     waiting: dict[int, tuple[greenlet, Call]] = {}
@@ -75,14 +94,13 @@ def sweep(
     def advance(number: int, task: greenlet, *values: Any) -> None:
         mode = torch.is_grad_enabled()
         call = task.switch(*values)
+        while not task.dead and (output := skip(call)) is not None:
+            call = task.switch(output)
         torch.set_grad_enabled(mode)
         if task.dead:
             results[number] = call
         else:
-            waiting[number] = (
-                task,
-                replace(call, hidden=spill(model, (*call.args[:1], call.kwargs.get("hidden_states")))),
-            )
+            waiting[number] = (task, replace(call, hidden=spill(model, call.state)))
 
     # What changes a model for a while must do so once for all: tasks end in another order than they begin.
     with _calls_wait(find_blocks(model)) as start, without_cache(model), with_padding_token(model), in_step(model):

@@ -137,7 +137,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Point]:
         if score.name != "perplexity"
     }
     for task, result in evaluation.accuracies.items():
-        accuracy, margin = 100 * result["accuracy"], 196 * result["stderr"]
+        accuracy, margin = 100 * result.accuracy, 196 * result.stderr
         found[f"{task}, accuracy, %"] = Point(0.0, accuracy, accuracy - margin, accuracy + margin)
     return {name: point for name, point in found.items() if math.isfinite(point.y)}
 

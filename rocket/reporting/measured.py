@@ -20,8 +20,8 @@ def measured_rows(original: Evaluation, *smaller: Evaluation) -> list[tuple[str,
         rows += [(f"{name}, {source}", *(values.get(name, "") for values in scores)) for name in names]
     for task, result in original.accuracies.items():
         results = [evaluation.accuracies[task] for evaluation in all_of_them]
-        accuracies = (f"{100 * result['accuracy']:.1f} ± {100 * result['stderr']:.1f}" for result in results)
-        rows.append((f"{task} ({result['metric']}, {result['items']} items), %", *accuracies))
+        accuracies = (f"{100 * result.accuracy:.1f} ± {100 * result.stderr:.1f}" for result in results)
+        rows.append((f"{task} ({result.metric}, {result.items} items), %", *accuracies))
     return rows
 
 

@@ -123,7 +123,7 @@ def measured_sizes(session: Session, original: Evaluation) -> list[MeasuredSize]
         content = session.run.read_json(name, None) or {}
         if "budget" not in content:
             continue
-        budget = Budget(**content["budget"])
+        budget = read_record(Budget, content["budget"], session.run.path / name)
         for allocation in allocations:
             expected = session.plan_fingerprint_of(budget, allocation)
             evaluation = _stored_evaluation(session, budget.name, expected, original)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
+import torch
+import transformers
 from torch import Tensor
 
 from rocket.allocation import ModelSize, measure_size
 from rocket.calib import (
     SENSITIVITY_BATCH,
+    WAYPOINTS,
     Calibration,
+    Waypoints,
     collect_grams,
     measure_sensitivities,
     pack_triangle,
@@ -18,8 +22,9 @@ from rocket.calib import (
 )
 from rocket.config import RocketError
 from rocket.config.records import Whole, read_record
+from rocket.models import Batch, resolve_device
 from rocket.ranks import ranks
-from rocket.run import RunDirectory
+from rocket.run import RunDirectory, fingerprint
 from rocket.session import Session
 from rocket.stages.material import calibration_batches, check_sources
 
@@ -31,9 +36,10 @@ class StoredGrams(MutableMapping[str, Tensor]):
         self._run, self._expected = run, expected
         self._names = dict.fromkeys(names)
 
+    def __contains__(self, name: object) -> bool:
+        return self._run.has_tensors(_gram_file(str(name)), self._expected)
+
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
         tensors = self._run.read_tensors(_gram_file(name), self._expected)
         if tensors is None:
             raise RocketError(f"{self._run.path / _gram_file(name)} is missing; delete calibration/ and run again")
@@ -70,35 +76,64 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     `collect_grams` and `measure_sensitivities`.
     """
     stored = _stored_calibration(session)
-    if session.agree(stored is not None):
+    if session.agree(stored is not None and _has_sensitivities(session, stored[0])):
         session.skip("gather activations")
+        if session.leads:
+            session.run.remove(WAYPOINTS)  # of a process that was killed when all was written
         return stored or _found_calibration(session)
     if session.shard:
         raise RocketError(f"nothing is calibrated in {session.run.path} yet; run `rocket gather` on this config first")
-    config, run, expected = session.config.calib, session.run, session.calibration_fingerprint
-    model, layers = session.model, session.layers
     check_sources(session)
     batches = calibration_batches(session)
+    if session.agree(stored is None):
+        _collect(session, batches(None, session.config.calib.batch_size))
+    if session.config.calib.sensitivity_samples:
+        _measure(session, batches(session.config.calib.sensitivity_samples, SENSITIVITY_BATCH))
+    return _found_calibration(session)
+
+
+def _collect(session: Session, batches: Sequence[Batch]) -> None:
+    """Write the Gram matrices and the index."""
+    if len(batches) < ranks.count:
+        raise RocketError(f"{len(batches)} batches cannot be shared by {ranks.count} processes; lower calib.batch_size")
+    grams, waypoints = StoredGrams(session.run, session.calibration_fingerprint), _waypoints(session)
     with session.stage("gather activations"):
-        material = batches(None, config.batch_size)
-        if len(material) < ranks.count:
-            raise RocketError(
-                f"{len(material)} batches cannot be shared by {ranks.count} processes; lower calib.batch_size"
-            )
-        calibration = collect_grams(model, layers, material, StoredGrams(run, expected))
-    if config.sensitivity_samples:
-        with session.stage("measure sensitivities"):
-            chosen = batches(config.sensitivity_samples, SENSITIVITY_BATCH)
-            sensitivities = measure_sensitivities(model, calibration.known(layers), chosen, seen=calibration.seen())
-        if session.leads:
-            run.write_tensors("calibration/sensitivities.safetensors", expected, sensitivities)
-        calibration = calibration.with_sensitivities(sensitivities)
-    size = measure_size(model, calibration.known(layers).values())
+        calibration = collect_grams(session.model, session.layers, batches, grams, waypoints)
+    _write_index(session, calibration)
+    waypoints.clear()
+
+
+def _measure(session: Session, batches: Sequence[Batch]) -> None:
+    """Write the sensitivities, and what they are known of into the index."""
+    calibration, _ = _found_calibration(session)
+    known, seen, waypoints = calibration.known(session.layers), calibration.seen(), _waypoints(session)
+    with session.stage("measure sensitivities"):
+        sensitivities = measure_sensitivities(session.model, known, batches, seen=seen, waypoints=waypoints)
+    if session.leads:
+        name = "calibration/sensitivities.safetensors"
+        session.run.write_tensors(name, session.calibration_fingerprint, sensitivities)
+    _write_index(session, calibration.with_sensitivities(sensitivities))
+    waypoints.clear()
+
+
+def _waypoints(session: Session) -> Waypoints:
+    config = session.config
+    bits = fingerprint(
+        calibration=session.calibration_fingerprint,
+        batch_size=config.calib.batch_size,
+        device=str(resolve_device(config.model.device)),
+        processes=ranks.count,
+        versions=[torch.__version__, transformers.__version__],
+    )
+    return Waypoints(session.run, bits)
+
+
+def _write_index(session: Session, calibration: Calibration) -> None:
+    size = measure_size(session.model, calibration.known(session.layers).values())
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}
     if session.leads:
-        run.write_json("calibration/index.json", expected, index)
+        session.run.write_json("calibration/index.json", session.calibration_fingerprint, index)
     session.wait()
-    return _found_calibration(session)
 
 
 def _found_calibration(session: Session) -> tuple[Calibration, ModelSize]:
@@ -118,12 +153,14 @@ def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | Non
         return None
     sensitivities: dict[str, Tensor] = {}
     if session.config.calib.sensitivity_samples:
-        stored = run.read_tensors("calibration/sensitivities.safetensors", expected)
-        if stored is None:
-            return None
-        sensitivities = stored
+        sensitivities = run.read_tensors("calibration/sensitivities.safetensors", expected) or {}
     grams = StoredGrams(run, expected, list(index.tokens))
     return Calibration(index.inputs, grams, index.tokens, sensitivities), index.size
+
+
+def _has_sensitivities(session: Session, calibration: Calibration) -> bool:
+    """Whether they are known, if they are wanted."""
+    return not session.config.calib.sensitivity_samples or calibration.inputs.keys() <= calibration.sensitivities.keys()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rocket.allocation import MeasuredPoint
-from rocket.evaluation import Evaluation, Score
+from rocket.evaluation import Evaluation, Score, TaskResult
 from rocket.reporting import charts
 from rocket.reporting.charts import predicted_series, size_quality_charts
 from rocket.reporting.measured import loss_increases
@@ -73,9 +73,9 @@ def test_a_loss_that_fell_is_drawn_on_a_linear_scale(invent, perplexity, log):
 
 
 def test_scores_have_a_chart_each_with_the_original_at_nothing_removed(invent):
-    task = {"metric": "acc", "items": 100, "accuracy": 0.5, "stderr": 0.05}
+    task = TaskResult("piqa", "acc", 0.5, 0.05, 100, 0.5, ())
     before = Evaluation({}, {"piqa": task}, {"clips": [Score("word error rate", 3.0, 2.0, 4.0)]})
-    after = Evaluation({}, {"piqa": {**task, "accuracy": 0.4}}, {"clips": [Score("word error rate", 5.0, 4.0, 6.0)]})
+    after = Evaluation({}, {"piqa": replace(task, accuracy=0.4)}, {"clips": [Score("word error rate", 5.0, 4.0, 6.0)]})
     drawn = {chart.title: chart for chart in size_quality_charts(invent(LAYERS, original=before, compressed=after))}
     assert drawn["word error rate, clips"].series[0].points == [(0.0, 3.0, 2.0, 4.0), (25.0, 5.0, 4.0, 6.0)]
     (piqa,) = drawn["piqa, accuracy, %"].series

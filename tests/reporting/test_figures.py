@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
-from rocket.evaluation import Evaluation
+from rocket.evaluation import Evaluation, TaskResult
 from rocket.reporting.figures import draw_plan, draw_report
 
 
@@ -48,9 +48,7 @@ def test_each_tower_has_a_map(invent, tmp_path, drawn):
 
 
 def test_charts_fill_the_rows(invent, tmp_path, drawn):
-    tasks = {
-        name: {"metric": "acc", "items": 9, "accuracy": 0.5, "stderr": 0.1} for name in ("arc_easy", "boolq", "piqa")
-    }
+    tasks = {name: TaskResult(name, "acc", 0.5, 0.1, 9, 0.5, ()) for name in ("arc_easy", "boolq", "piqa")}
     evaluation = Evaluation({}, tasks)
     draw_report(invent(["m.0.x", "m.0.y"], original=evaluation, compressed=evaluation), tmp_path)
     assert len(drawn[0].axes) == 4

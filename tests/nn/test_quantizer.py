@@ -231,7 +231,7 @@ def moved(new_name: str):
         (lambda quantization: quantization.update(version=1.0), "format version 1.0; this rocket reads 1"),
         (changed_spec("sparse", nnz=True), "model.layers.* expected form, .*rank, nnz, input_group"),
         (changed_spec("sparse", nnz=10**30), "config.json: model.layers.*: nnz=1000000000000000000000000000000 is"),
-        (changed_spec("sparse", nnz=[1] * 10_000), r"nnz, input_group, got .{,200}$"),
+        (changed_spec("sparse", nnz=[1] * 10_000), r"nnz, input_group .and precision., got .{,200}$"),
         (changed_spec("low_rank", rank=33), "config.json: model.layers.*: rank=33 is impossible"),
         (changed_spec("low_rank", rank=0), "config.json: model.layers.*: rank=0 is impossible"),
         (changed_spec("dictionary", rank=10**12), "config.json: model.layers.*: rank=1000000000000 is impossible"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from rocket.allocation import CurvePoint, Planner
+from rocket.allocation import CurvePoint, Plan, Planner
 from rocket.config.schema import AllocationConfig
 from rocket.evaluation import Evaluation
 from rocket.reporting.measured import loss_increases
@@ -19,6 +19,7 @@ COSTS = {
     "activation": "relative output errors, summed",
 }
 REMOVED = "removed, % of the target layers' parameters"
+BYTES_REMOVED = "removed, % of the whole checkpoint's bytes"
 MANY_LAYERS = 5000
 FEW_SIZES = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Of more layers than `MANY_LAYERS` only these sizes are planned: there a knapsack takes seconds, not milliseconds."""
@@ -44,17 +45,21 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Series over the removed share; ``log`` where all values are positive and a logarithm shows them better."""
+    """Series over the removed share; ``log`` where all values are positive and a logarithm shows them better.
+
+    ``over`` says what is removed: values, or bytes where values have different sizes.
+    """
 
     title: str
     unit: str
     series: Sequence[Series]
     log: bool = False
+    over: str = REMOVED
 
 
 def size_quality_charts(summary: Summary) -> list[Chart]:
     """Predicted and measured loss in one chart where the plan predicts a loss, then one for every other score."""
-    cost = summary.planner.profiling.cost
+    cost, over = summary.planner.profiling.cost, over_what(summary.planner)
     predicted, measured = predicted_series(summary.planner), list(_loss_series(summary))
     if cost == "loss":
         charts = [_chart("Predicted and measured", COSTS[cost], [*predicted, *measured], log=True)]
@@ -63,7 +68,17 @@ def size_quality_charts(summary: Summary) -> list[Chart]:
             _chart("Predicted", COSTS[cost], predicted, log=True),
             _chart("Measured", COSTS["loss"], measured, log=True),
         ]
-    return [chart for chart in [*charts, *_score_charts(summary)] if chart.series]
+    return [replace(chart, over=over) for chart in [*charts, *_score_charts(summary)] if chart.series]
+
+
+def over_what(planner: Planner) -> str:
+    """What sizes are measured in: values, whatever their size, tell little where some of them may be int8."""
+    return BYTES_REMOVED if "int8" in planner.profiling.precisions else REMOVED
+
+
+def _share(planner: Planner, size: CurvePoint | Plan) -> float:
+    """The removed share of that."""
+    return 1 - size.bytes / planner.size.bytes if over_what(planner) == BYTES_REMOVED else size.removed_ratio
 
 
 def _chart(title: str, unit: str, series: Sequence[Series], log: bool = False) -> Chart:
@@ -80,13 +95,16 @@ def predicted_series(planner: Planner, points: Sequence[CurvePoint] | None = Non
     many = len(planner.profiles) > MANY_LAYERS
     if points is None:
         points = planner.curve(FEW_SIZES if many else None)
-    series = [_line(f"predicted, {planner.allocation.method}", ((point.removed_ratio, point.cost) for point in points))]
+    prices = ((_share(planner, point), point.cost) for point in points)
+    series = [_line(f"predicted, {planner.allocation.method}", prices)]
     if planner.measured:
-        corrected = ((point.removed_ratio, point.loss_increase or 0.0) for point in points)
+        corrected = ((_share(planner, point), point.loss_increase or 0.0) for point in points)
+        series.append(_line("corrected by measured plans", corrected))
+    if planner.measured and over_what(planner) == REMOVED:
         found = [Point(100 * point.removed_ratio, point.loss_increase) for point in planner.measured]
-        series += [_line("corrected by measured plans", corrected), Series("measured plans", found)]
+        series.append(Series("measured plans", found))
     for name, other in () if many else _other_planners(planner):
-        series.append(_line(name, ((point.removed_ratio, point.cost) for point in other.curve())))
+        series.append(_line(name, ((_share(planner, point), point.cost) for point in other.curve())))
     return series
 
 
@@ -110,7 +128,9 @@ def _other_planners(planner: Planner) -> Iterator[tuple[str, Planner]]:
 def _loss_series(summary: Summary) -> Iterator[Series]:
     """Measured increase of the loss, a series for each text and each way in which options were chosen."""
     for chosen_by, sizes in _by_choice(summary.sizes):
-        increases = [(size.plan.removed_ratio, loss_increases(summary.original, size.evaluation)) for size in sizes]
+        increases = [
+            (_share(summary.planner, size.plan), loss_increases(summary.original, size.evaluation)) for size in sizes
+        ]
         for text in dict.fromkeys(text for _, found in increases for text in found):
             points = [Point(100 * ratio, found[text]) for ratio, found in increases if text in found]
             yield Series(_named(f"measured, {text}", chosen_by, summary), points)
@@ -121,7 +141,7 @@ def _score_charts(summary: Summary) -> Iterator[Chart]:
     for name in dict.fromkeys([*_scores(summary.original), *_scores(summary.compressed)]):
         series = []
         for chosen_by, sizes in _by_choice(summary.sizes):
-            measured = [(size.plan.removed_ratio, _scores(size.evaluation)) for size in sizes]
+            measured = [(_share(summary.planner, size.plan), _scores(size.evaluation)) for size in sizes]
             values = [(0.0, _scores(summary.original)), *measured]
             points = [scores[name]._replace(x=100 * ratio) for ratio, scores in values if name in scores]
             series.append(Series(_named("measured", chosen_by, summary), points))

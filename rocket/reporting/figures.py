@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocket.allocation import CurvePoint, Plan, Planner
-from rocket.reporting.charts import COSTS, REMOVED, Chart, predicted_series, size_quality_charts
+from rocket.reporting.charts import COSTS, Chart, over_what, predicted_series, size_quality_charts
 from rocket.reporting.layout import Tower, form_letters, towers_of
 from rocket.reporting.summary import Summary
 
@@ -47,7 +47,8 @@ def draw_plan(planner: Planner, points: Sequence[CurvePoint], plan: Plan, path: 
     width, height = _map_size(towers)
     figure = Figure(figsize=(5 + width, max(4.0, height)), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[5, width])[0]
-    _draw_chart(left.subplots(), Chart("", COSTS[planner.profiling.cost], predicted_series(planner, points), log=True))
+    series, unit = predicted_series(planner, points), COSTS[planner.profiling.cost]
+    _draw_chart(left.subplots(), Chart("", unit, series, log=True, over=over_what(planner)))
     _draw_towers(right, towers, plan)
     figure.savefig(path, dpi=130)
 
@@ -61,7 +62,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
         low = [point.y - (point.y if point.low is None else point.low) for point in series.points]
         high = [(point.y if point.high is None else point.high) - point.y for point in series.points]
         axes.errorbar(x, y, [low, high] if any(low + high) else None, fmt="o", capsize=3, label=series.name)
-    axes.set(title=chart.title, xlabel=REMOVED, ylabel=chart.unit, yscale="log" if chart.log else "linear")
+    axes.set(title=chart.title, xlabel=chart.over, ylabel=chart.unit, yscale="log" if chart.log else "linear")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
 

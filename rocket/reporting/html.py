@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from rocket.allocation import Prediction
 from rocket.config import dump_config
-from rocket.reporting.charts import COSTS, REMOVED, size_quality_charts
+from rocket.reporting.charts import COSTS, size_quality_charts
 from rocket.reporting.energy import METHODS
 from rocket.reporting.environment import machine, versions
 from rocket.reporting.layout import Cell, Tower, form_letters, towers_of
@@ -73,7 +73,6 @@ def render_report(summary: Summary) -> str:
             {
                 "charts": [asdict(chart) for chart in size_quality_charts(summary)],
                 "layers": dict(_layers(summary)),
-                "removed": REMOVED,
                 "unit": COSTS[summary.planner.profiling.cost],
             }
         ),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+import rocket
 from rocket.allocation import MeasuredPoint
 from rocket.evaluation import Evaluation, Score, TaskResult
 from rocket.reporting import charts
@@ -93,3 +94,15 @@ def test_infinite_perplexities_say_nothing(invent):
     assert loss_increases(before, after) == {"u": pytest.approx(math.log(1.1))}
     (chart,) = size_quality_charts(invent(LAYERS, original=before, compressed=after))
     assert [one.name for one in chart.series if not one.line] == ["measured, u"]
+
+
+def test_sizes_are_bytes_where_values_may_be_int8(planned, quick_settings):
+    calib, profiling = quick_settings
+    both = profiling.model_copy(update={"precisions": ["float", "int8"]})
+    planner = rocket.plan(planned.model, planned.tokens, calib=calib, profiling=both)
+    curve = planner.curve()
+    assert [point.bytes for point in curve] == sorted((point.bytes for point in curve), reverse=True)
+    assert all(point.bytes <= (1 - 0.05 * step) * planner.size.bytes for step, point in enumerate(curve, start=1))
+    assert charts.over_what(planner) == charts.BYTES_REMOVED != charts.over_what(planned.planner)
+    points = {one.name: one.points for one in predicted_series(planner)}["predicted, knapsack"]
+    assert [point.x for point in points] == [100 * (1 - p.bytes / planner.size.bytes) for p in curve if p.cost > 0]

@@ -67,7 +67,7 @@ function drawChart(host, chart) {
   const scale = log ? Math.log10 : (value) => value;
   const x = (value) => left + ((right - left) * value) / widest;
   const y = (value) => bottom - ((bottom - top) * (scale(value) - scale(lowest))) / (scale(highest) - scale(lowest));
-  const over = chart.over || data.removed;
+  const over = chart.over;
   const names = chart.series.map((series) => series.name).join("; ");
   const image = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${chart.title}. ${chart.unit} over ${over}. ${names}. The figures are in the table below.` });
 

@@ -28,10 +28,10 @@ def measured_rows(original: Evaluation, *smaller: Evaluation) -> list[tuple[str,
 def loss_increases(original: Evaluation, compressed: Evaluation) -> dict[str, float]:
     """By how much the loss rose on each text, in nats a token: the difference of the perplexities' logarithms.
 
-    Perplexities that are not finite say nothing here and are left out.
+    Perplexities that are not finite, or not positive, say nothing here and are left out.
     """
     before, after = _perplexities(original), _perplexities(compressed)
-    return {text: math.log(after[text] / value) for text, value in before.items() if text in after}
+    return {text: math.log(after[text]) - math.log(value) for text, value in before.items() if text in after}
 
 
 def _perplexities(evaluation: Evaluation) -> dict[str, float]:
@@ -41,4 +41,4 @@ def _perplexities(evaluation: Evaluation) -> dict[str, float]:
         for score in scores
         if score.name == "perplexity"
     }
-    return {text: value for text, value in {**evaluation.perplexities, **scored}.items() if math.isfinite(value)}
+    return {text: value for text, value in {**evaluation.perplexities, **scored}.items() if 0.0 < value < math.inf}

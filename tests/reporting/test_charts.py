@@ -106,3 +106,14 @@ def test_sizes_are_bytes_where_values_may_be_int8(planned, quick_settings):
     assert charts.over_what(planner) == charts.BYTES_REMOVED != charts.over_what(planned.planner)
     points = {one.name: one.points for one in predicted_series(planner)}["predicted, knapsack"]
     assert [point.x for point in points] == [100 * (1 - p.bytes / planner.size.bytes) for p in curve if p.cost > 0]
+
+
+@pytest.mark.parametrize("perplexity", [0.0, -3.0, math.inf, math.nan])
+def test_perplexities_that_are_none_say_nothing(perplexity):
+    sound, broken = Evaluation({"t": 10.0}, {}), Evaluation({"t": perplexity}, {})
+    assert loss_increases(sound, broken) == loss_increases(broken, sound) == {}
+
+
+def test_losses_of_perplexities_at_both_ends():
+    low, high = Evaluation({"t": 1e-300}, {}), Evaluation({"t": 1e300}, {})
+    assert loss_increases(high, low) == {"t": pytest.approx(-600 * math.log(10))}

@@ -1,4 +1,4 @@
-"""Any form with its values in int8: half the bytes of bfloat16, for an error that is measured once a form and layer."""
+"""Any form with its values in int8: half the bytes of bfloat16, for an error that is measured on every layer."""
 
 from __future__ import annotations
 

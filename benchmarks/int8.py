@@ -26,17 +26,14 @@ import torch
 import rocket
 from benchmarks.decode import generate, take_turns
 from benchmarks.harness import write_results
+from benchmarks.healing import CONFIG, measure
 from rocket.allocation import Plan, Planner
 from rocket.config import load_config
-from rocket.data import load_documents
-from rocket.evaluation import perplexity
 from rocket.forms import Option
 from rocket.models import load_model
-from rocket.models.inputs import tokenizer_of
 from rocket.pipeline import gather_activations, profile_layers
 from rocket.session import Session
 
-CONFIG = Path(__file__).parents[1] / "rocket" / "config" / "default.yaml"
 KINDS: dict[str, Callable[[Option], bool]] = {
     "float": lambda option: not option.scales,
     "int8": lambda option: option.label == "dense int8",
@@ -56,20 +53,11 @@ def plans(planner: Planner, megabytes: list[float]) -> Iterator[tuple[str, Plan]
                 print(f"{kind}: {error}")
 
 
-def losses(model: Any, processor: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Nats a token on the held-out part of each text."""
-    return {
-        text: perplexity(
-            model, tokenizer_of(processor), load_documents(text, "held_out").texts, max_tokens=args.max_tokens
-        ).loss
-        for text in args.texts
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", nargs="+", type=float, default=[200, 165, 130], help="of a checkpoint")
     parser.add_argument("--texts", nargs="+", default=["embedded", "embedded:boolq"])
+    parser.add_argument("--eval-seq-len", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=24576, help="of each text")
     parser.add_argument("--tokens", type=int, default=32, help="tokens generated")
     parser.add_argument("--rounds", type=int, default=7)
@@ -84,10 +72,10 @@ def main() -> None:
             calibration, _ = gather_activations(session)
             planner = profile_layers(session)
             models["original"], processor = session.loaded
-            original = losses(models["original"], processor, args)
+            original = measure(models["original"], processor, args)
             for kind, plan in plans(planner, args.megabytes):
                 model = rocket.compress(models["original"], plan, calibration)
-                found = losses(model, processor, args)
+                found = measure(model, processor, args)
                 name = f"{kind}, {plan.bytes / 1e6:.0f} MB"
                 models[name] = model
                 rows += [

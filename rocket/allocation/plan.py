@@ -169,6 +169,11 @@ class Planner:
     calibration: Calibration | None = field(default=None, repr=False)
     measured: Sequence[MeasuredPoint] = ()
 
+    @property
+    def by_bytes(self) -> bool:
+        """Whether sizes are told in bytes: values say little of them where some may be int8."""
+        return "int8" in self.profiling.precisions
+
     def at(
         self, removed_ratio: float | None = None, kept_parameters: float | None = None, bytes: float | None = None
     ) -> Plan:
@@ -200,10 +205,10 @@ class Planner:
     def curve(self, removed_ratios: Sequence[float] | None = None) -> list[CurvePoint]:
         """Plans over a range of sizes, as far as options reach, without building any.
 
-        By default from 5 % to 65 % removed; with int8 among the precisions, of the bytes of the whole checkpoint.
+        By default from 5 % to 65 % removed: of the target layers' values, or (`by_bytes`) of the whole checkpoint.
         """
         shares = [round(0.05 * step, 2) for step in range(1, 14)]
-        if removed_ratios is None and "int8" in self.profiling.precisions:
+        if removed_ratios is None and self.by_bytes:
             budgets = [Budget.of(bytes=int((1 - share) * self.size.bytes)) for share in shares]
         else:
             budgets = [Budget.of(removed_ratio=ratio) for ratio in removed_ratios or shares]

@@ -60,7 +60,7 @@ def quantize_state(state: Mapping[str, Tensor], columns: int, dtype: torch.dtype
         quantized["dictionary"], quantized["dictionary_scale"] = int8.quantize(dictionary, dtype)
     values, quantized["weight_scale"] = int8.quantize(weight, dtype)
     if mask is not None:
-        values = values[bitmap.unpack_mask(mask, columns)]
+        values = bitmap.pick(values, mask)
     quantized["weight"] = values if "dictionary" in state else values.flatten()
     return quantized
 

@@ -47,7 +47,7 @@ class MaskedLowRank(nn.Module):
         with torch.autocast(values.device.type, enabled=False):
             change = self.up @ self.down
             if self.mask is not None:
-                change = change.flatten().index_select(0, bitmap.kept_places(self.mask, change.shape[1]))
+                change = bitmap.pick(change, self.mask)
             return (values.float() + change.view_as(values)).to(values.dtype)
 
 
@@ -89,19 +89,19 @@ def settle_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             for parameter in module.parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and not name.endswith("_scale"))
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.take_gradients()
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_()
 
 
 def _widen(layer: CompressedLinear, names: Iterable[str]) -> None:
     """Make int8 values those that they stand for, in float32."""
     for name in names:
         if hasattr(layer, name):
-            values = layer.matrix(name).float()
-            if name == "weight" and layer.is_sparse:
-                values = values[bitmap.unpack_mask(layer.get_buffer("mask"), layer.mask_columns)]
-            layer.register_parameter(name, nn.Parameter(values.view_as(getattr(layer, name)), requires_grad=False))
-            layer.register_parameter(f"{name}_scale", None)
+            _put(layer, name, layer.matrix(name).float(), None)
 
 
 def _narrow(layer: CompressedLinear, dtype: torch.dtype) -> None:
@@ -109,11 +109,15 @@ def _narrow(layer: CompressedLinear, dtype: torch.dtype) -> None:
     for name in VALUES:
         values = getattr(layer, name, None)
         if values is not None and values.is_floating_point():
-            rounded, scale = int8.quantize(layer.matrix(name).detach(), dtype)
-            if name == "weight" and layer.is_sparse:
-                rounded = rounded[bitmap.unpack_mask(layer.get_buffer("mask"), layer.mask_columns)]
-            layer.register_parameter(name, nn.Parameter(rounded.view_as(values), requires_grad=False))
-            layer.register_parameter(f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+            _put(layer, name, *int8.quantize(layer.matrix(name).detach(), dtype))
+
+
+def _put(layer: CompressedLinear, name: str, matrix: Tensor, scale: Tensor | None) -> None:
+    """Store a dense matrix and its scale as the layer stores what it has, without a gradient."""
+    if name == "weight" and layer.is_sparse:
+        matrix = bitmap.pick(matrix, layer.get_buffer("mask"))
+    layer.register_parameter(name, nn.Parameter(matrix.view_as(getattr(layer, name)), requires_grad=False))
+    layer.register_parameter(f"{name}_scale", None if scale is None else nn.Parameter(scale, requires_grad=False))
 
 
 def check_unchanged(before: Path, after: Path) -> None:

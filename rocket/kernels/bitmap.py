@@ -90,6 +90,17 @@ def kept_places(mask: Tensor, cols: int) -> Tensor:
     return keep.nonzero().squeeze(1)
 
 
+def pick(dense: Tensor, mask: Tensor) -> Tensor:
+    """The values of a matrix at the kept places, row by row: the inverse of `unpack`.
+
+    By their numbers, as picking by a bool matrix takes several times as long.
+
+    >>> pick(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), pack_mask(torch.tensor([[True, False], [False, True]])))
+    tensor([1., 4.])
+    """
+    return dense.flatten().index_select(0, kept_places(mask, dense.shape[1]))
+
+
 def row_offsets(mask: Tensor) -> Tensor:
     """Where each row starts in `values`: int64 [out + 1], the last entry being the number of kept values."""
     return F.pad(_set_bits(mask).sum(-1, dtype=torch.int64).cumsum(0), (1, 0))

@@ -212,8 +212,7 @@ def _expand_torch(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scal
 
 
 def _pick_torch(dense: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The values at the kept places; by their numbers, as picking by a bool matrix takes several times as long."""
-    return dense.flatten().index_select(0, bitmap.kept_places(mask, dense.shape[1]))
+    return bitmap.pick(dense, mask)
 
 
 # CPU, through the compiled kernels.

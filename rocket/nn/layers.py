@@ -165,6 +165,11 @@ class CompressedLinear(nn.Module):
             values = values.view(self.out_features, self.in_features)
         return values if scale is None else int8.dequantize(values, scale)
 
+    def take_gradients(self) -> None:
+        """Let all parameters take a gradient that can: not values in int8, nor their scales."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.spec.precision == "float" or name == "bias")
+
     def dense_weight(self) -> Tensor:
         """W [out, in], multiplied out."""
         raise NotImplementedError

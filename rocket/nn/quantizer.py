@@ -114,11 +114,7 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, CompressedLinear):
                 _check_values(name, module)
-                if module.spec.precision == "int8":  # loaded, parameters take gradients again
-                    for key in VALUES:
-                        for tensor in (getattr(module, key, None), getattr(module, f"{key}_scale", None)):
-                            if tensor is not None:
-                                tensor.requires_grad_(False)
+                module.take_gradients()  # transformers gives all that it loads one
         _keep_names(model)
         attach_optimize(model)
         return model

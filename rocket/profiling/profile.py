@@ -57,7 +57,10 @@ class LayerProfile:
 def profile_layer(
     layer: str, input_group: str, problem: LayerProblem, forms: Sequence[Form], settings: ProfilingConfig
 ) -> LayerProfile:
-    """All options of a layer, costs by ``problem.cost``. Time is that of the dictionary search: see `forms`."""
+    """All options of a layer, costs by ``problem.cost``.
+
+    Time is that of the dictionary search (`forms`), and with int8 of building two options a form.
+    """
     options = options_of(problem, forms, settings)
     damping = problem.damping
     if damping > 0:

@@ -72,13 +72,13 @@ def size_quality_charts(summary: Summary) -> list[Chart]:
 
 
 def over_what(planner: Planner) -> str:
-    """What sizes are measured in: values, whatever their size, tell little where some of them may be int8."""
-    return BYTES_REMOVED if "int8" in planner.profiling.precisions else REMOVED
+    """What sizes are shares of."""
+    return BYTES_REMOVED if planner.by_bytes else REMOVED
 
 
 def _share(planner: Planner, size: CurvePoint | Plan) -> float:
     """The removed share of that."""
-    return 1 - size.bytes / planner.size.bytes if over_what(planner) == BYTES_REMOVED else size.removed_ratio
+    return 1 - size.bytes / planner.size.bytes if planner.by_bytes else size.removed_ratio
 
 
 def _chart(title: str, unit: str, series: Sequence[Series], log: bool = False) -> Chart:
@@ -100,7 +100,7 @@ def predicted_series(planner: Planner, points: Sequence[CurvePoint] | None = Non
     if planner.measured:
         corrected = ((_share(planner, point), point.loss_increase or 0.0) for point in points)
         series.append(_line("corrected by measured plans", corrected))
-    if planner.measured and over_what(planner) == REMOVED:
+    if planner.measured and not planner.by_bytes:
         found = [Point(100 * point.removed_ratio, point.loss_increase) for point in planner.measured]
         series.append(Series("measured plans", found))
     for name, other in () if many else _other_planners(planner):

@@ -57,12 +57,14 @@ class Compressed:
 
 @dataclass
 class Bench:
-    """One calibration seed of one model, with what the methods share computed once."""
+    """One model and what it is calibrated on, with what the methods share computed once."""
 
     args: argparse.Namespace
     model: Any
     tokenizer: Any
     seed: int
+    source: str
+    samples: int
     planners: dict[str, Planner] = field(default_factory=dict)
     sensitivities: list[np.ndarray] | None = None
     prediction: Prediction | None = None
@@ -75,13 +77,13 @@ class Bench:
     @cached_property
     def tokens(self) -> Tensor:
         """Calibration windows, and behind them as many again that no method calibrates on (for searches)."""
-        documents = load_documents(self.args.calibration, "calibration")
-        samples = self.args.samples + self.args.search_samples
+        documents = load_documents(self.source, "calibration")
+        samples = self.samples + self.args.search_samples
         return pack_tokens(documents.texts, self.tokenizer, self.args.seq_len, samples, self.seed)
 
     @cached_property
     def calibration(self) -> Calibration:
-        tokens = self.tokens[: self.args.samples]
+        tokens = self.tokens[: self.samples]
         wanted = self.args.sensitivity_samples
         sensitivity = token_batches(self.model, tokens[:wanted], SENSITIVITY_BATCH) if wanted else ()
         return calibrate(self.model, self.layers, token_batches(self.model, tokens, 8), sensitivity)
@@ -101,7 +103,7 @@ class Bench:
 
     def search_loss(self, samples: int | None = None) -> float:
         """Mean loss on windows of the calibration domain that no method calibrated on, or some of them."""
-        windows = self.tokens[self.args.samples :][:samples]
+        windows = self.tokens[self.samples :][:samples]
         return float(window_losses_of(self.model, windows.split(8)).mean())
 
 
@@ -226,18 +228,9 @@ class Levels:
         return Compressed(self.weights(levels), plan.removed_ratio, plan.bytes_removed_ratio, forms_of(plan))
 
 
-def of_form(planner: Planner, form: str) -> Planner:
-    """The same profiles with the options of one form, and dense."""
-    profiles = [
-        replace(profile, options=tuple(option for option in profile.options if option.form in ("dense", form)))
-        for profile in planner.profiles
-    ]
-    return replace(planner, profiles=profiles)
-
-
 def evopress_from(bench: Bench, removed_ratio: float, start: str) -> Compressed:
     """EvoPress over the sparse options of every layer, scored by the loss on windows set apart for the search."""
-    planner = of_form(rocket_planner(bench, method=start), "sparse")
+    planner = rocket_planner(bench, ["sparse"], start)
     levels = bench.levels("sparse", planner)
 
     def evaluate(candidate: Sequence[int]) -> float:
@@ -273,7 +266,7 @@ def sensitivity_search(bench: Bench, removed_ratio: float) -> Compressed:
 def learned_allocation(bench: Bench, removed_ratio: float) -> Compressed:
     """The paper's factorization, sizes learned by gradients of the loss (in the manner of ARS, Dobi-SVD and ARA)."""
     levels = bench.levels("paper", paper_planner(bench), bench.args.level_step)
-    batches = [{"input_ids": ids, "labels": ids} for ids in bench.tokens[: bench.args.samples].split(2)]
+    batches = [{"input_ids": ids, "labels": ids} for ids in bench.tokens[: bench.samples].split(2)]
     budget = levels.budget(removed_ratio)
     found = learned.allocate(
         bench.model, levels.layers, levels.weight, levels.sizes, budget, batches, bench.args.learning_steps
@@ -332,9 +325,7 @@ METHODS: dict[str, Callable[[Bench, float], Compressed]] = {
     "rocket-dictionary": lambda bench, size: of_plan(
         bench, rocket_planner(bench, ["dictionary"]).at(removed_ratio=size)
     ),
-    "rocket-sparse": lambda bench, size: of_plan(
-        bench, of_form(rocket_planner(bench), "sparse").at(removed_ratio=size)
-    ),
+    "rocket-sparse": lambda bench, size: of_plan(bench, rocket_planner(bench, ["sparse"]).at(removed_ratio=size)),
     "wanda": lambda bench, size: by_pruning(bench, size, wanda.prune),
     "sparsegpt": lambda bench, size: by_pruning(bench, size, sparsegpt.prune),
     "3basil": sparse_plus_low_rank,

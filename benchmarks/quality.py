@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality                                   # svd-llm, paper, rocket at 20 %, one seed
     python -m benchmarks.quality --sizes 0.2 0.3 0.4 0.5 --seeds 0 1 2 --methods all --tasks piqa arc_easy --limit 500
+    python -m benchmarks.quality --methods rocket-sparse --calibration embedded embedded:mixed --samples 8 32 128
 
 Every method gets the Gram matrices of the same calibration sequences. A method's layers are multiplied out and put in
 the model's place for the measurement, so that all run through the same products. Text of the calibration domain is held
@@ -14,6 +15,7 @@ descriptions of installed Python packages; none on these texts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -88,8 +90,8 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", type=float, default=[0.2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="calibration seeds")
-    parser.add_argument("--calibration", default="embedded")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--calibration", nargs="+", default=["embedded"], help="sources of calibration text")
+    parser.add_argument("--samples", nargs="+", type=int, default=[128], help="windows to calibrate on")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--sensitivity-samples", type=int, default=16)
     parser.add_argument("--search-samples", type=int, default=16, help="further windows, which searches score by")
@@ -118,8 +120,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     dense: dict[str, float] = {}
     dense_tasks: dict[str, Any] = {}
-    for seed in args.seeds:
-        bench = Bench(args, model, tokenizer, seed)
+    for seed, source, samples in itertools.product(args.seeds, args.calibration, args.samples):
+        bench = Bench(args, model, tokenizer, seed, source, samples)
         if not dense:
             dense = measure_texts(bench, args)
             if args.tasks:
@@ -135,7 +137,8 @@ def main() -> None:
                     "bytes_removed_ratio": result.bytes_removed_ratio,
                     "predicted_excess_loss": result.predicted if method.startswith("rocket") else None,
                     "corrected_excess_loss": result.corrected,
-                    "calibration_tokens": args.samples * args.seq_len,
+                    "calibration": source,
+                    "calibration_tokens": samples * args.seq_len,
                     "seed": seed,
                 }
                 with swapped(bench.layers, result.weights):
@@ -146,7 +149,7 @@ def main() -> None:
                         results = zero_shot(model, tokenizer, args.tasks, limit=args.limit, batch_size=32)
                         rows += task_rows(common, dense_tasks, results)
                 excess = {text: round(loss - dense[text], 4) for text, loss in losses.items()}
-                print(seed, method, size, excess, flush=True)
+                print(seed, source, samples, method, size, excess, flush=True)
             write_results(args.output, rows)  # after each method: an interrupted run keeps what it measured
 
 

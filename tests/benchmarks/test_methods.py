@@ -13,9 +13,7 @@ def bench(make_model, byte_tokenizer, texts, tmp_path_factory):
     source = tmp_path_factory.mktemp("texts") / "texts.txt"
     source.write_text("\n\n".join(texts))
     args = argparse.Namespace(
-        calibration=str(source),
         sizes=[0.4],
-        samples=8,
         search_samples=4,
         seq_len=32,
         sensitivity_samples=4,
@@ -27,7 +25,7 @@ def bench(make_model, byte_tokenizer, texts, tmp_path_factory):
         learning_steps=2,
         cospadi_iterations=2,
     )
-    return Bench(args, make_model("llama"), byte_tokenizer, seed=0)
+    return Bench(args, make_model("llama"), byte_tokenizer, seed=0, source=str(source), samples=8)
 
 
 @pytest.mark.parametrize("method", METHODS)

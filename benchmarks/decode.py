@@ -90,7 +90,7 @@ def random_layer(
     columns, rank = in_features, 0
     nnz = int((1 - removed) * out_features * in_features)
     if form == "dictionary":
-        problem = LayerProblem(torch.empty(out_features, in_features), torch.empty(in_features, in_features))
+        problem = LayerProblem(torch.zeros(out_features, in_features), torch.zeros(in_features, in_features))
         rank, support = sizes_for(problem, removed, RANK_SUPPORT_RATIO)
         columns, nnz = rank, support * out_features
     keep = torch.zeros(out_features * columns, dtype=torch.bool)

@@ -8,7 +8,6 @@ touches few cache lines, and the cost of the prefix sum is spread over 256 colum
 # Triton's kernels are not typed Python.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-import math
 import os
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rocket.kernels import bitmap, int8
+from rocket.kernels.operands import rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -184,20 +184,16 @@ def sparse_linear(
 ) -> Tensor:
     """x Sᵀ + bias, summed in float32; arguments as for `ops.sparse_linear`, all but x contiguous."""
     out = mask.shape[0]
-    if _batch_of(x) > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (_batch_of(x), out, cols):
+    if rows_of(x) > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (rows_of(x), out, cols):
         return F.linear(x, expand(values, mask, offsets, cols, scale), bias)
     return _linear(x, values, (mask.view(torch.int32), offsets), out, bias, scale)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
     """x Wᵀ + bias for int8 values [out, in], summed in float32; all but x contiguous."""
-    if _batch_of(x) > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (_batch_of(x), *weight.shape):
+    if rows_of(x) > MAX_KERNEL_BATCH or x.dtype not in DTYPES or 0 in (rows_of(x), *weight.shape):
         return F.linear(x, int8.dequantize(weight, scale), bias)
     return _linear(x, weight, None, weight.shape[0], bias, scale)
-
-
-def _batch_of(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])
 
 
 def _linear(
@@ -210,7 +206,7 @@ def _linear(
 ) -> Tensor:
     """The product by the kernels, for a few rows of x. ``places``: mask, as words, and offsets of a sparse matrix."""
     x = x.contiguous()
-    batch, cols = _batch_of(x), x.shape[-1]
+    batch, cols = rows_of(x), x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out))
     weights = (values, *(places or (None, None)), scale)
     sizes = (out, cols, places[0].shape[1] if places else 0)

@@ -108,8 +108,12 @@ def load() -> Kernels | None:
         return None
 
 
+PART_FIELDS = 8
+"""Of a `SparsePart`: values, scale, mask, offsets, nnz, rows, bias, y."""
+
+
 def parts(fields: Sequence[int]) -> Any:
-    """The C array of `SparsePart` with these fields, eight a part: values, scale, mask, offsets, nnz, rows, bias, y."""
+    """The C array of `SparsePart` with these fields, `PART_FIELDS` a part."""
     return (_LONG * len(fields))(*fields)
 
 

@@ -1,14 +1,15 @@
-"""One product for sparse layers that read the same input (q, k and v; gate and up)."""
+"""One product for sparse layers that read the same input (q, k and v; gate and up), prepared once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rocket.kernels import ops
+from rocket.kernels import cpu, ops
 from rocket.nn.layers import SparseLinear
 
 
@@ -26,14 +27,16 @@ class SharedInput:
 
     Whether a layer is asked about the same input is seen by the identity of the tensor, so a model that calls them
     otherwise only loses time. Between the calls for one input the layers' tensors must not change, nor, in inference
-    mode or a compiled graph, the input in place. The layers keep their tensors, which are read anew at each product.
-    Where there are more rows of input than the kernels multiply directly, each multiplies by itself: there is nothing
-    to gain.
+    mode or a compiled graph, the input in place. On a CPU the product is kept with its arguments checked and laid out;
+    at each call it is seen whether they are still the layers' tensors. A layer alone gains that too. Where there are
+    more rows of input than the kernels multiply directly, each multiplies by itself: there is nothing to gain.
     """
 
     def __init__(self, layers: Iterable[SparseLinear]) -> None:
         self.layers = list(layers)
         self._pending: _Pending | None = None
+        self._products: cpu.SparseProducts | None = None
+        self._slots = [slot for layer in self.layers for slot in layer.slots()]
         for index, layer in enumerate(self.layers):
             layer.shared_input, layer.place = self, index
 
@@ -42,26 +45,34 @@ class SharedInput:
         pending, version = self._pending, _version(inputs)
         fresh = pending is not None and pending.inputs is inputs and pending.version == version
         if pending is None or not fresh or pending.outputs[layer.place] is None:
-            outputs = self._products(inputs)
+            outputs = self._multiply(inputs)
             if outputs is None:
                 return None
-            pending = _Pending(inputs, version, outputs)
+            pending = _Pending(inputs, version, list(outputs))
         output = pending.outputs[layer.place]
         pending.outputs[layer.place] = None
         self._pending = pending if any(part is not None for part in pending.outputs) else None
         return output
 
-    def _products(self, inputs: Tensor) -> list[Tensor | None] | None:
+    def _multiply(self, inputs: Tensor) -> Sequence[Tensor] | None:
         """All outputs; None if there are too many rows of input, or a layer that cannot take part in the product."""
-        if inputs.shape[:-1].numel() > ops.MAX_KERNEL_BATCH:
+        if inputs.shape[:-1].numel() > cpu.MAX_KERNEL_BATCH:
             return None
-        values, masks, offsets, biases, scales = zip(*(layer.packed() for layer in self.layers), strict=True)
+        tensors: list[Any] = [store.get(name) for store, name in self._slots]
+        columns = self.layers[0].in_features
+        if ops.direct(inputs):
+            if self._products is None or not self._products.are_of(tensors):
+                self._products = cpu.prepare(tensors, columns)
+            return None if self._products is None else self._products(inputs)
+        if len(self.layers) == 1:
+            return None
+        values, scales, masks, offsets, biases = (tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS))
         if any(tensor is None for tensor in offsets):
             return None
         for value, scale in zip(values, scales, strict=True):
             if (value if scale is None else scale).dtype != inputs.dtype or value.device != inputs.device:
                 return None
-        return list(ops.sparse_linears(inputs, values, masks, offsets, self.layers[0].in_features, biases, scales))
+        return ops.sparse_linears(inputs, values, masks, offsets, columns, biases, scales)
 
     def dissolve(self) -> None:
         """Let the layers go their own ways."""
@@ -78,7 +89,7 @@ class SharedInput:
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Make the sparse layers that read the same input, by their spec, one product. Does nothing to those that are.
+    """Prepare the products of sparse layers: one for those that read the same input, by their spec. Does so but once.
 
     Layers with a forward of somebody else's (accelerate's, which moves tensors about) are left alone.
     """
@@ -91,8 +102,7 @@ def share_inputs(model: nn.Module) -> None:
         features = (module.in_features, module.weight.dtype, module.dtype, module.weight.device)
         groups.setdefault((module.spec.input_group, *features), []).append(module)
     for layers in groups.values():
-        if len(layers) > 1:
-            SharedInput(layers)
+        SharedInput(layers)
 
 
 def _version(inputs: Tensor) -> int:

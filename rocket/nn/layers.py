@@ -269,13 +269,13 @@ class SparseLinear(CompressedLinear):
             inputs, self.weight, self.mask, offsets, self.in_features, self.bias, self.weight_scale
         )
 
-    def packed(self) -> tuple[Any, Any, Any, Any, Any]:
-        """``weight``, ``mask``, ``offsets``, ``bias`` and scale, without the detour that a module's attributes take."""
+    def slots(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
+        """Where the tensors of `kernels.cpu.Part` are kept: read there without the detour of a module's attributes."""
         parameters, buffers = self._parameters, self._buffers
-        return (
-            *(parameters["weight"], buffers["mask"], self.offsets),
-            *(parameters["bias"], parameters["weight_scale"]),
-        )
+        return [
+            *((parameters, "weight"), (parameters, "weight_scale")),
+            *((buffers, "mask"), (buffers, "row_offsets"), (parameters, "bias")),
+        ]
 
     def use_kernels(self, wanted: bool = True) -> None:
         super().use_kernels(wanted)

@@ -118,7 +118,7 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
     if module.macko is not None:
         return LayerExplanation(name, form, "macko", f"one row of input; {kernel} for more")
     reason = "packed values, expanded only for many rows of input"
-    if isinstance(module, SparseLinear) and module.shared_input is not None:
+    if isinstance(module, SparseLinear) and module.shared_input is not None and len(module.shared_input.layers) > 1:
         reason += f"; one product for {len(module.shared_input.layers)} layers of this input"
     return LayerExplanation(name, form, kernel, reason)
 

@@ -13,10 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from rocket.config.errors import RocketError
-from rocket.kernels import bitmap, int8, library, ops
+from rocket.kernels import bitmap, cpu, int8, library, ops
 
 # Relative to the sum of absolute products: float32 as promised, else half a unit in the last place and its summation.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 * 1.01, torch.float16: 2**-11 * 1.01}
@@ -66,7 +68,7 @@ class Sparse(NamedTuple):
 
 def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """y is x Wᵀ + bias, rounded once, or by torch, before the bias and after it."""
-    torch_did_it = library.load() is None or math.prod(x.shape[:-1]) > ops.MAX_KERNEL_BATCH
+    torch_did_it = library.load() is None or math.prod(x.shape[:-1]) > cpu.MAX_KERNEL_BATCH
     wide = [None if t is None else t.double() for t in (x, weight, bias)]
     expected, size = F.linear(*wide), F.linear(*(None if t is None else t.abs() for t in wide))
     assert y.shape == expected.shape
@@ -135,7 +137,7 @@ def test_products_of_int8_agree_with_the_dense_ones(
         packed = (weight.packed, mask, offsets)
         sparse = ops.sparse_linear(x, *packed, cols, bias, weight.scale)
         # Rows that torch multiplies are rounded on the way from int8, too.
-        rounded = library.load() is None or math.prod(x.shape[:-1]) > ops.MAX_KERNEL_BATCH
+        rounded = library.load() is None or math.prod(x.shape[:-1]) > cpu.MAX_KERNEL_BATCH
         exact = expanded if rounded else weight.exact
         assert_product(sparse, x, exact, bias)
         assert_product(ops.dense_linear(x, weight.values, bias, weight.scale), x, exact, bias)
@@ -203,7 +205,7 @@ def test_results_do_not_depend_on_the_number_of_threads(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_large_batches_are_expanded_piece_by_piece(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "SCRATCH_BYTES", 4 * 100 * 7)
+    monkeypatch.setattr(cpu, "SCRATCH_BYTES", 4 * 100 * 7)
     torch.manual_seed(0)
     dense, keep, x, bias = torch.randn(30, 100), torch.rand(30, 100) < 0.5, torch.randn(2, 20, 100), torch.randn(30)
     with forced(path):
@@ -300,6 +302,29 @@ def test_a_compiled_model_is_one_graph() -> None:
         torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_whoever_watches_sees_the_op() -> None:
+    """Only where nobody does is the dispatcher passed by."""
+    sparse = Sparse.of(torch.randn(6, 70), torch.rand(6, 70) < 0.5)
+    x, plain = torch.randn(2, 70), torch.randn(9, 2, 70)
+    expected = ops.sparse_linear(plain, *sparse, 70)
+
+    def product(x: Tensor) -> Tensor:
+        return ops.sparse_linear(x, *sparse, 70)
+
+    with torch.no_grad():
+        assert ops.direct(x)
+        graph = make_fx(product)(x)
+        assert "rocket.sparse_linear" in graph.code
+        assert "rocket::sparse_linear" in str(torch.jit.trace(product, x).graph)
+        torch.testing.assert_close(torch.func.vmap(product)(plain), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert product(mode.from_tensor(x)).shape == (2, 6)
+        assert product(torch.nn.Parameter(x)).shape == (2, 6)
+        with pytest.raises(ValueError, match="x is on the CPU, a matrix on meta"):
+            ops.dense_linear(x, torch.ones(6, 70, device="meta"))
+    assert not ops.direct(x)  # with gradients
+
+
 def test_mistakes_are_told() -> None:
     sparse = Sparse.of(torch.randn(6, 70), torch.rand(6, 70) < 0.5)
     with pytest.raises(ValueError, match=r"x is torch.float32 \[1, 69\]; the matrix needs torch.float32 \[..., 70\]"):
@@ -322,7 +347,7 @@ def test_mistakes_are_told() -> None:
         pytest.skip("the rest is checked on the way to the compiled kernels")
     mixed = [sparse.values, torch.ones_like(sparse.values, dtype=torch.int8)]
     others = ([sparse.mask] * 2, [sparse.offsets] * 2, 70, [None, None], [None, torch.ones(6)])
-    with pytest.raises(RuntimeError, match="no such kernel"):
+    with pytest.raises(ValueError, match="values of one type"):
         ops.sparse_linears(torch.randn(1, 70), mixed, *others)
     with pytest.raises(ValueError, match="mask is"):
         ops.expand(sparse.values, sparse.mask, sparse.offsets, 129)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rocket
-from rocket.kernels import ops
+from rocket.kernels import cpu, ops
 from rocket.nn import SparseLinear
 
 
@@ -31,11 +31,14 @@ def test_layers_of_one_input_multiply_together(model, token_ids, monkeypatch):
     blocks = model.config.num_hidden_layers
     expected = logits(model, token_ids[:1, :3])
     model.optimize()
-    assert sorted(len(group.layers) for group in groups(model).values()) == [2] * blocks + [3] * blocks
+    assert (
+        sorted(len(group.layers) for group in groups(model).values())
+        == [1] * (2 * blocks) + [2] * blocks + [3] * blocks
+    )
     calls = []
-    for name in ("sparse_linear", "sparse_linears"):
-        product = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, product=product: calls.append(args) or product(*args))
+    for owner, name in ((cpu.SparseProducts, "__call__"), (ops, "sparse_linear"), (ops, "sparse_linears")):
+        product = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, product=product: calls.append(args) or product(*args))
     torch.testing.assert_close(logits(model, token_ids[:1, :3]), expected, rtol=1e-5, atol=1e-5)
     assert len(calls) == 4 * blocks  # q k v, o, gate up, down
     assert all(group._pending is None for group in groups(model).values())

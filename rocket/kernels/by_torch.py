@@ -1,0 +1,66 @@
+"""The products of `kernels.ops` through torch's own, on any device.
+
+A product made of others goes through the ops, each by the best there is for it on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rocket.kernels import bitmap, int8, operands
+from rocket.kernels.operands import Optionals, Tensors
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    cols: int,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    operands.check_product(x, values, cols, scale, mask.shape[0])
+    return F.linear(x, expand(values, mask, offsets, cols, scale), bias)
+
+
+def sparse_linears(
+    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
+) -> list[Tensor]:
+    parts = zip(values, masks, offsets, biases, scales, strict=True)
+    return [
+        torch.ops.rocket.sparse_linear(x, value, mask, starts, cols, bias, scale)
+        for value, mask, starts, bias, scale in parts
+    ]
+
+
+def factor_linear(
+    x: Tensor,
+    dictionary: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    dictionary_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    hidden = torch.ops.rocket.dense_linear(x, dictionary, None, dictionary_scale)
+    result: Tensor = torch.ops.rocket.sparse_linear(hidden, values, mask, offsets, dictionary.shape[0], bias, scale)
+    return result
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    operands.check_scale(weight, scale, weight.shape[0])
+    return F.linear(x, weight if scale is None else int8.dequantize(weight, scale), bias)
+
+
+def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
+    operands.check_scale(values, scale, mask.shape[0])
+    dense = bitmap.unpack(values, mask, cols)
+    return dense if scale is None else int8.dequantize(dense, scale)
+
+
+def pick(dense: Tensor, mask: Tensor, count: int) -> Tensor:
+    return bitmap.pick(dense, mask)

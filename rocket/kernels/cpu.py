@@ -1,0 +1,257 @@
+"""The products of `kernels.ops` on a CPU, through the compiled kernels where there are any."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rocket.kernels import by_torch, int8, library, operands
+from rocket.kernels.operands import Optionals, Tensors, rows_of
+
+MAX_KERNEL_BATCH = 16
+"""Rows of x up to which the kernels multiply directly. Beyond, expanding the weights and multiplying densely is faster:
+the prototype's crossover lay between 8 and 16."""
+
+SCRATCH_BYTES = 8 << 20
+"""Weights expanded at a time for larger batches: few enough to stay in cache, and in memory that the allocator keeps,
+until they are multiplied; many enough for a product at full speed."""
+
+Part: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+"""A packed matrix: values, scale or None, mask, offsets, bias or None."""
+
+PART_TENSORS = 5
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Where its values lie; 0, a null pointer, for None."""
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise ValueError(f"x is on the CPU, a matrix on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"weights must be contiguous; one is {list(tensor.shape)} with strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def kernels_for(dtype: torch.dtype) -> library.Kernels | None:
+    """The compiled kernels, if there are any for x of this type."""
+    return library.load() if dtype in library.TYPES else None
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    cols: int,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    kernels = kernels_for(operands.value_type(values, scale))
+    if kernels is None:
+        return by_torch.sparse_linear(x, values, mask, offsets, cols, bias, scale)
+    if rows_of(x) > MAX_KERNEL_BATCH:
+        operands.check_sparse(mask, offsets, cols)
+        operands.check_product(x, values, cols, scale, mask.shape[0])
+
+        def rows_of_weights(first: int, last: int, scratch: Tensor) -> Tensor:
+            part = None if scale is None else scale[first:last]
+            return _expand_into(scratch, kernels, values, mask[first:last], offsets[first : last + 1], part)
+
+        return _expanded_linear(x, mask.shape[0], rows_of_weights, bias)
+    return SparseProducts(kernels, [(values, scale, mask, offsets, bias)], cols)(x)[0]
+
+
+def sparse_linears(
+    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
+) -> list[Tensor]:
+    kernels = kernels_for(x.dtype)
+    if kernels is None or rows_of(x) > MAX_KERNEL_BATCH:
+        return by_torch.sparse_linears(x, values, masks, offsets, cols, biases, scales)
+    return SparseProducts(kernels, zip(values, scales, masks, offsets, biases, strict=True), cols)(x)
+
+
+class SparseProducts:
+    """Products of one x with several packed matrices: the arguments checked, their pointers laid out, once for all x.
+
+    A part is the tensors of a matrix: values, scale or None, mask, offsets, bias or None. All have ``cols`` columns and
+    values of one kind. Safe to call from several threads at a time.
+    """
+
+    def __init__(self, kernels: library.Kernels, parts: Iterable[Part], cols: int) -> None:
+        self._kernels = kernels
+        self._cols = cols
+        self._tensors: list[Tensor | None] = []
+        self._outputs: list[int] = []
+        types = set()
+        fields: list[int] = []
+        for values, scale, mask, offsets, bias in parts:
+            out = mask.shape[0]
+            operands.check_sparse(mask, offsets, cols)
+            operands.check_scale(values, scale, out)
+            types.add((values.dtype, operands.value_type(values, scale)))
+            fields += (pointer(tensor) for tensor in (values, scale, mask, offsets))
+            fields += (values.numel(), out, pointer(bias), 0)
+            self._tensors += (values, scale, mask, offsets, bias)
+            self._outputs.append(out)
+        if len(types) != 1:
+            raise ValueError(f"matrices of one product must have values of one type, got {types}")
+        ((_, self._type),) = types
+        self._fields = library.parts(fields)
+        self._pointers = _addresses(self._tensors)
+
+    def are_of(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these are the tensors of all parts, in order, and lie where they lay."""
+        return all(map(operator.is_, tensors, self._tensors)) and _addresses(tensors) == self._pointers
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x Wᵀ + bias of each part, for x [..., cols]. Raises ValueError if x does not fit."""
+        operands.check_input(x, self._type, self._cols)
+        x = x.contiguous()
+        fields = type(self._fields).from_buffer_copy(self._fields)
+        leading = x.shape[:-1]
+        outputs = []
+        for part, out in enumerate(self._outputs):
+            y = x.new_empty((*leading, out))
+            fields[library.PART_FIELDS * (part + 1) - 1] = y.data_ptr()
+            outputs.append(y)
+        self._kernels.sparse_linears(
+            *(self._kernels.path, library.TYPES[self._type], torch.get_num_threads()),
+            *(x.data_ptr(), leading.numel(), self._cols),
+            *(fields, len(outputs)),
+        )
+        return outputs
+
+
+def prepare(tensors: Sequence[Any], cols: int) -> SparseProducts | None:
+    """The products with matrices whose tensors these are, part after part.
+
+    None where they cannot be one call of the kernels: there are none, offsets are missing, or types differ.
+    """
+    parts: list[Any] = [tensors[first : first + PART_TENSORS] for first in range(0, len(tensors), PART_TENSORS)]
+    values, scale, *_ = parts[0]
+    kernels = kernels_for(operands.value_type(values, scale))
+    if kernels is None or any(part[0].dtype != values.dtype or part[3] is None for part in parts):
+        return None
+    return SparseProducts(kernels, parts, cols)
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def factor_linear(
+    x: Tensor,
+    dictionary: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    dictionary_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    kernels = kernels_for(operands.value_type(values, scale))
+    rank, in_features = dictionary.shape
+    batch, out = rows_of(x), mask.shape[0]
+    if kernels is None or batch > MAX_KERNEL_BATCH:
+        return by_torch.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale)
+    operands.check_sparse(mask, offsets, rank)
+    operands.check_product(x, dictionary, in_features, dictionary_scale, rank)
+    operands.check_product(x, values, in_features, scale, out)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    kernels.factor_linear(
+        *(kernels.path, library.TYPES[x.dtype], torch.get_num_threads()),
+        *(x.data_ptr(), batch, in_features),
+        *(pointer(dictionary), pointer(dictionary_scale), rank),
+        *(
+            pointer(values),
+            pointer(scale),
+            pointer(mask),
+            pointer(offsets),
+            values.numel(),
+            out,
+        ),
+        *(pointer(bias), y.data_ptr()),
+    )
+    return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    kernels = kernels_for(operands.value_type(weight, scale))
+    batch, (out, in_features) = rows_of(x), weight.shape
+    if scale is not None and batch > MAX_KERNEL_BATCH:
+        operands.check_product(x, weight, in_features, scale, out)
+        return _expanded_linear(
+            x, out, lambda first, last, part: int8.dequantize(weight[first:last], scale[first:last], part), bias
+        )
+    if kernels is None or batch > MAX_KERNEL_BATCH:
+        return by_torch.dense_linear(x, weight, bias, scale)
+    operands.check_product(x, weight, in_features, scale, out)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    kernels.dense_linear(
+        *(kernels.path, library.TYPES[x.dtype], torch.get_num_threads()),
+        *(x.data_ptr(), batch, in_features),
+        *(pointer(weight), pointer(scale), out),
+        *(pointer(bias), y.data_ptr()),
+    )
+    return y
+
+
+def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
+    dtype = operands.value_type(values, scale)
+    kernels = kernels_for(dtype)
+    if kernels is None:
+        return by_torch.expand(values, mask, offsets, cols, scale)
+    operands.check_sparse(mask, offsets, cols)
+    operands.check_scale(values, scale, mask.shape[0])
+    dense = values.new_empty((mask.shape[0], cols), dtype=dtype)
+    return _expand_into(dense, kernels, values, mask, offsets, scale)
+
+
+def _expand_into(
+    dense: Tensor, kernels: library.Kernels, values: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None
+) -> Tensor:
+    kernels.expand(
+        *(kernels.path, library.TYPES[dense.dtype], torch.get_num_threads()),
+        *(
+            pointer(values),
+            pointer(scale),
+            pointer(mask),
+            pointer(offsets),
+            values.numel(),
+            dense.shape[0],
+        ),
+        *(dense.shape[1], dense.data_ptr()),
+    )
+    return dense
+
+
+def _expanded_linear(
+    x: Tensor, out: int, rows_of_weights: Callable[[int, int, Tensor], Tensor], bias: Tensor | None
+) -> Tensor:
+    """For many rows of x: makes some rows of the weights, multiplies them, goes on to the next.
+
+    ``rows_of_weights(first, last, scratch)`` are rows first ... last - 1 in the type of x; they may lie in ``scratch``.
+    """
+    cols = x.shape[-1]
+    step = max(1, SCRATCH_BYTES // max(1, cols * x.element_size()))
+    scratch = x.new_empty((min(step, out), cols))
+    if step >= out:
+        return F.linear(x, rows_of_weights(0, out, scratch), bias)
+    rows = x.reshape(-1, cols)
+    y = x.new_empty(len(rows), out)
+    for first in range(0, out, step):
+        last = min(first + step, out)
+        weight = rows_of_weights(first, last, scratch[: last - first])
+        if bias is None:  # in place: a product that is copied into its columns takes a twentieth longer
+            torch.mm(rows, weight.T, out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], rows, weight.T, out=y[:, first:last])
+    return y.view(*x.shape[:-1], out)

@@ -1,0 +1,46 @@
+"""What the products of `kernels.ops` ask of their arguments, on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from rocket.kernels import bitmap
+
+Tensors: TypeAlias = Sequence[Tensor]
+Optionals: TypeAlias = Sequence[Tensor | None]
+
+
+def check_sparse(mask: Tensor, offsets: Tensor, cols: int) -> None:
+    if mask.shape[1] != bitmap.mask_bytes(cols) or offsets.shape[0] != mask.shape[0] + 1:
+        raise ValueError(
+            f"mask is {list(mask.shape)} and offsets {list(offsets.shape)}; "
+            f"{cols} columns need [out, {bitmap.mask_bytes(cols)}] and [out + 1]"
+        )
+
+
+def check_product(x: Tensor, weight: Tensor, cols: int, scale: Tensor | None, out: int) -> None:
+    check_input(x, value_type(weight, scale), cols)
+    check_scale(weight, scale, out)
+
+
+def check_input(x: Tensor, dtype: torch.dtype, cols: int) -> None:
+    if x.shape[-1] != cols or x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; the matrix needs {dtype} [..., {cols}]")
+
+
+def check_scale(weight: Tensor, scale: Tensor | None, out: int) -> None:
+    if scale is not None and (scale.shape != (out,) or weight.dtype != torch.int8):
+        raise ValueError(f"values are {weight.dtype}, their scale {list(scale.shape)}: int8 needs a scale [{out}]")
+
+
+def value_type(values: Tensor, scale: Tensor | None) -> torch.dtype:
+    """What values are multiplied in."""
+    return values.dtype if scale is None else scale.dtype
+
+
+def rows_of(x: Tensor) -> int:
+    return x.shape[:-1].numel()

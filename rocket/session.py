@@ -27,7 +27,9 @@ from rocket.models import (
     load_model,
     release_pages,
     resolve_device,
+    rewrite,
     target_layers,
+    unlike_model,
     unstack_experts,
     weight_of,
 )
@@ -35,6 +37,8 @@ from rocket.ranks import ranks, shares
 from rocket.reporting.energy import EnergyMeter
 from rocket.run import RunDirectory, fingerprint
 from rocket.usage import Usage, measure
+
+REWRITTEN = "original"
 
 Item = TypeVar("Item")
 
@@ -85,10 +89,28 @@ class Session:
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, Any]:
+        rewritten = self._rewritten() if self.streams else None
         with self.stage("load model"):
-            model, processor = load_model(self.config.model, self.streams, self.states)
+            model, processor = load_model(self.config.model, self.streams, self.states, rewritten)
             unstack_experts(model)
             return model, processor
+
+    def _rewritten(self) -> Path | None:
+        """Where the model's weights are so that its blocks can be read one at a time, if its own files are not so."""
+        tensor = self.agree(unlike_model(self.config.model))
+        if tensor is None:
+            return None
+        made_of = fingerprint(
+            model=self.model_identity,
+            names=transformers.__version__.partition(".")[0],
+            loading=self.config.model.model_dump(exclude={"device"}),
+        )
+        if self.leads and not self.run.has_directory(REWRITTEN, made_of):
+            logger.info("%s is not stored as the model has it: the weights are written again", tensor)
+            with self.stage("rewrite model"), self.run.new_directory(REWRITTEN, made_of) as directory:
+                rewrite(self.config.model, directory)
+        self.wait()
+        return self.run.path / REWRITTEN
 
     @cached_property
     def memory(self) -> Memory | None:

@@ -45,6 +45,7 @@ FAMILIES = {
     "mixtral": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "granitemoe": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**GATED, "num_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2},
 }
 
 

@@ -2,17 +2,27 @@
 
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rocket.calib import measure_sensitivities, sensitivity
 from rocket.config import RocketError, load_config
 from rocket.memory import estimate_memory
-from rocket.models import find_blocks, hold, is_streamed, load_model, release_pages, stacked_experts, target_layers
+from rocket.models import (
+    find_blocks,
+    hold,
+    is_streamed,
+    load_model,
+    release_pages,
+    stacked_experts,
+    target_layers,
+    unlike_model,
+)
 from rocket.models.residence import Spilled, spill, unmapped
 from rocket.pipeline import run_pipeline
 from rocket.session import Session
@@ -22,10 +32,10 @@ from rocket.session import Session
 def write_config(tmp_path, model_dir, text_file):
     """Writes a config of a model of some size, in a run directory of its own."""
 
-    def write(name: str, family: str = "llama", **changes: object):
+    def write(name: str, family: str = "llama", dtype: str = "float32", **changes: object):
         sections = {
             "output_dir": str(tmp_path / name),
-            "model": {"path": str(model_dir(family, hidden_size=128)), "dtype": "float32", "device": "cpu"},
+            "model": {"path": str(model_dir(family, hidden_size=128)), "dtype": dtype, "device": "cpu"},
             "calib": {"source": str(text_file), "num_samples": 8, "seq_len": 32, "batch_size": 2},
             "profiling": {"removed_ratios": [0.1, 0.3, 0.5], "rank_support_ratios": [1.5, 2.0]},
             "compression": {"removed_ratio": 0.3},
@@ -48,10 +58,19 @@ def run(path, monkeypatch, streams: bool):
         return summary, load_file(summary.path / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "granitemoe"])
-def test_streamed_is_the_same_to_the_bit(write_config, monkeypatch, tmp_path, family):
-    in_memory, expected = run(write_config("memory", family), monkeypatch, streams=False)
-    streamed, tensors = run(write_config("streamed", family), monkeypatch, streams=True)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *(("llama", "float32"), ("gemma2", "float32"), ("gpt2", "float32"), ("granitemoe", "float32")),
+        *(("llama", "bfloat16"), ("mixtral", "float32"), ("qwen3_moe", "bfloat16")),  # read from files written again
+    ],
+)
+def test_streamed_is_the_same_to_the_bit(write_config, monkeypatch, tmp_path, family, dtype):
+    monkeypatch.setattr("rocket.models.residence.SMALL", 1)
+    monkeypatch.setattr("rocket.models.rewriting.SMALL", 1)
+    config = write_config("memory", family, dtype), write_config("streamed", family, dtype)
+    in_memory, expected = run(config[0], monkeypatch, streams=False)
+    streamed, tensors = run(config[1], monkeypatch, streams=True)
     assert streamed.plan.to_dict() == in_memory.plan.to_dict()
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -101,19 +120,36 @@ def test_release_keeps_what_is_no_file():
     assert torch.equal(tensor, before)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "tensor"),
-    [("llama", "bfloat16", r"model\.layers\.0\.\S+"), ("mixtral", "float32", r"model\.layers\.0\.mlp\.\S+")],
-)
-def test_what_would_have_to_be_converted_cannot_be_streamed(write_config, monkeypatch, family, dtype, tensor):
-    config = load_config(write_config("run", family), [f"model.dtype={dtype}"]).model
-    monkeypatch.setattr("rocket.models.load.SMALL", 1)
-    with pytest.raises(RocketError, match=f"a block at a time: {tensor} is not stored as the model has it"):
-        load_model(config, streams=True)
-    monkeypatch.setattr("rocket.models.load.SMALL", 1 << 30)  # what cannot be told beforehand is told afterwards
+@pytest.mark.parametrize(("family", "dtype", "part"), [("llama", "bfloat16", "q_proj"), ("mixtral", "float32", "mlp")])
+def test_what_is_not_stored_as_the_model_has_it_is_written_again_once(
+    write_config, monkeypatch, caplog, tmp_path, family, dtype, part
+):
+    monkeypatch.setattr("rocket.models.rewriting.SMALL", 1)
     monkeypatch.setattr("rocket.models.residence.SMALL", 1)
+    monkeypatch.setattr(Session, "streams", True)
+    caplog.set_level("INFO", logger="rocket")
+    config = load_config(write_config("run", family, dtype))
+    assert part in unlike_model(config.model)
     with pytest.raises(RocketError, match="cannot be read a block at a time"):
-        load_model(config, streams=True)
+        load_model(config.model, streams=True)
+    for _ in range(2):
+        with Session(config) as session:
+            assert unmapped(session.model) is None
+    assert caplog.text.count("the weights are written again") == 1
+    assert not list((tmp_path / "run").rglob("*.tmp*"))
+    (tmp_path / "run" / "original" / "model.safetensors").write_bytes(b"")
+    with Session(config) as session, pytest.raises(RocketError, match="truncated or was edited"):
+        assert session.model
+
+
+def test_what_lacks_tensors_is_not_written_again(write_config, monkeypatch):
+    monkeypatch.setattr("rocket.models.rewriting.SMALL", 1)
+    monkeypatch.setattr(Session, "streams", True)
+    config = load_config(write_config("run", "mixtral"))
+    file = Path(config.model.path) / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1" not in name}, file)
+    with Session(config) as session, pytest.raises(RocketError, match=r"lacks model\.layers\.1"):
+        assert session.model
 
 
 def test_the_budget_decides(write_config):

@@ -29,6 +29,7 @@ from rocket.models.linear import LinearLayer, features_of, is_linear, make_linea
 from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
 from rocket.models.mode import evaluation_mode
 from rocket.models.residence import hold, is_streamed, release_pages, releasing, stream
+from rocket.models.rewriting import rewrite, unlike_model
 from rocket.models.stored import Endings, StoredTensor, check_counts, check_places, check_size, read_headers
 from rocket.models.structure import block_of, find_blocks, remedy_of_nan, target_layers
 from rocket.models.sweep import Call, sweep
@@ -72,6 +73,7 @@ __all__ = [
     "remedy_of_nan",
     "resolve_device",
     "restack_experts",
+    "rewrite",
     "run_forward",
     "sample_batches",
     "stacked_experts",
@@ -81,6 +83,7 @@ __all__ = [
     "takes_text_alone",
     "target_layers",
     "token_batches",
+    "unlike_model",
     "unstack_as",
     "unstack_experts",
     "unstacked_experts",

@@ -16,14 +16,13 @@ from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
-from rocket.models.auto import empty_model, open_model, open_processor
+from rocket.models.auto import open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
-from rocket.models.residence import SMALL, stream, unmapped
-from rocket.models.stored import check_config_file, check_places, read_headers
+from rocket.models.residence import stream, unmapped
+from rocket.models.stored import check_config_file, check_places
 from rocket.models.structure import find_blocks
 
 SAMPLED_BYTES = 1 << 20
-STORED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +37,14 @@ class Location:
     embedded: EmbeddedModel | None = None
 
 
-def load_model(config: ModelConfig, streams: bool = False, states: Path | None = None) -> tuple[PreTrainedModel, Any]:
+def load_model(
+    config: ModelConfig, streams: bool = False, states: Path | None = None, rewritten: Path | None = None
+) -> tuple[PreTrainedModel, Any]:
     """The model in evaluation mode, on its device and in its type, and its processor.
 
     ``streams``: its blocks stay in the checkpoint's files until they are needed; ``states``: where hidden states wait
-    then, if not in memory (`residence`).
+    then, if not in memory (`residence`); ``rewritten``: where the weights are then, if not as the path has them
+    (`rewriting`).
 
     The processor is what the model's kind takes: a tokenizer, an image processor, a feature extractor, or one of
     several of them. Raises RocketError when the path is no model, the model is already quantized or compressed, or a
@@ -53,12 +55,10 @@ def load_model(config: ModelConfig, streams: bool = False, states: Path | None =
     if location.embedded is not None and location.embedded.load is not None:
         model, processor = location.embedded.load(Path(location.source, location.file or ""), dtype)
     else:
-        if streams:
-            _check_streamable(config, location.source)
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         if location.file is not None:
             options["gguf_file"] = location.file
-        model, processor = _open(config.path, location.source, dtype, options, compressed=False)
+        model, processor = _open(config.path, location.source, dtype, options, compressed=False, rewritten=rewritten)
     return _settle(config, model, streams, states), processor
 
 
@@ -83,52 +83,20 @@ def _settle(config: ModelConfig, model: PreTrainedModel, streams: bool, states: 
 
 def _cannot_stream(config: ModelConfig, tensor: str) -> str:
     return (
-        f"{config.path!r} does not fit into memory, and cannot be read a block at a time: {tensor} is not stored as "
-        f"the model has it, under this name in {config.dtype}. Set model.dtype to the type it is stored in; "
-        "experts that transformers stacks while loading are never so"
+        f"{config.path!r} does not fit into memory, and cannot be read a block at a time: {tensor} lies in no file as "
+        f"the model has it, in {config.dtype}"
     )
 
 
-def _check_streamable(config: ModelConfig, source: str) -> None:
-    """Raise RocketError, before anything is read, if blocks of a local checkpoint would have to be converted."""
-    files = sorted(Path(source).glob("*.safetensors"))
-    if not files:
-        return
-    stored = read_headers(files)
-    architecture = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    model = empty_model(architecture, getattr(torch, config.dtype), config.trust_remote_code)
-    wanted = STORED_TYPES[config.dtype]
-    mappable = {_below_list(key) for key, tensor in stored.items() if tensor.dtype == wanted}
-    for block, module in find_blocks(model).items():
-        for name, tensor in module.named_parameters(prefix=block):
-            if tensor.numel() >= SMALL and _below_list(name) not in mappable:
-                raise RocketError(_cannot_stream(config, name))
-
-
-def _below_list(name: str) -> str:
-    """A tensor's name from the first number on, as what is before it may differ between a checkpoint and its model."""
-    parts = name.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[max(number - 1, 0) :])
-
-
 def _open(
-    name: str, source: str, dtype: torch.dtype, options: dict[str, Any], compressed: bool
+    name: str,
+    source: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    compressed: bool,
+    rewritten: Path | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    try:
-        if "gguf_file" in options:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **_gguf_dequantize())
-            _forget_gguf(model)
-        else:
-            check_config_file(cached_file(source, "config.json", revision=options.get("revision")))
-            config = AutoConfig.from_pretrained(source, **options)
-            if not compressed:
-                refuse_quantized(name, config)
-            model = _open_whole(source, config, dtype=dtype, use_safetensors=True, **options)
-    except RocketError:
-        raise
-    except Exception as error:  # whatever strangers write into a config, transformers raises about it
-        raise RocketError(f"model.path={name!r} is no model that can be opened: {first_line(error)}") from error
+    model = open_weights(name, str(rewritten or source), dtype=dtype, compressed=compressed, **options)
     try:
         return model, open_processor(source, model, **options)
     except Exception as error:
@@ -136,6 +104,29 @@ def _open(
             f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
             f"{first_line(error)}"
         ) from error
+
+
+def open_weights(name: str, source: str, *, compressed: bool = False, **options: Any) -> PreTrainedModel:
+    """The model of a checkpoint, with ``options`` of ``from_pretrained``; ``name`` is what the user calls it.
+
+    Raises RocketError for what cannot be opened, or not be trusted, and for quantized and, unless ``compressed``,
+    compressed models.
+    """
+    try:
+        if "gguf_file" in options:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options, **_gguf_dequantize())
+            _forget_gguf(model)
+            return model
+        asked = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+        check_config_file(cached_file(source, "config.json", revision=options.get("revision")))
+        config = AutoConfig.from_pretrained(source, **asked)
+        if not compressed:
+            refuse_quantized(name, config)
+        return _open_whole(source, config, use_safetensors=True, **options)
+    except RocketError:
+        raise
+    except Exception as error:  # whatever strangers write into a config, transformers raises about it
+        raise RocketError(f"model.path={name!r} is no model that can be opened: {first_line(error)}") from error
 
 
 def _open_whole(source: str, config: Any, **options: Any) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """The run directory: atomic artifacts that know which inputs made them, a lock, a log.
 
-    config.yaml  calibration/*.safetensors  profiles/LAYER.json  plans/BUDGET.json  models/BUDGET/
+    config.yaml  original/  calibration/*.safetensors  profiles/LAYER.json  plans/BUDGET.json  models/BUDGET/
     evaluation/*.json  usage.json  report.html  log.jsonl
 
 An artifact carries the fingerprint of everything it depends on and a checksum of its name and what it holds.

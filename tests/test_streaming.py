@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -129,6 +130,8 @@ def test_what_is_not_stored_as_the_model_has_it_is_written_again_once(
     monkeypatch.setattr(Session, "streams", True)
     caplog.set_level("INFO", logger="rocket")
     config = load_config(write_config("run", family, dtype))
+    if family == "mixtral" and transformers.__version__ < "5":
+        pytest.skip("transformers 4 keeps experts apart")
     assert part in unlike_model(config.model)
     with pytest.raises(RocketError, match="cannot be read a block at a time"):
         load_model(config.model, streams=True)

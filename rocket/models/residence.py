@@ -14,8 +14,8 @@ import tempfile
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -199,12 +199,12 @@ def _mapped_until(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> int | No
     return mapped[place][1] if place >= 0 and tensor.data_ptr() < mapped[place][1] else None
 
 
-def _mapped_files() -> list[tuple[int, int]]:
-    """Where files are mapped, in order: (first address, end)."""
+def _mapped_files(ending: str = "") -> list[tuple[int, int]]:
+    """Where files, whose names end so, are mapped, in order: (first address, end)."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, *_, inode = line.split(maxsplit=5)[:5]
-        if inode != "0":
+        if inode != "0" and line.endswith(ending):
             start, end = addresses.split("-")
             found.append((int(start, 16), int(end, 16)))
     return found
@@ -217,22 +217,47 @@ def releasing(model: nn.Module, *others: nn.Module) -> Iterator[None]:
     For what walks through all weights, in other libraries' code too, as saving does.
     """
     tensors = [tensor for part in (model, *others) for tensor in _tensors(part)] if is_streamed(model) else []
-    done = threading.Event()
+    with _repeating(lambda: release_pages(tensors)) if tensors else nullcontext():
+        yield
+
+
+@contextmanager
+def releasing_files() -> Iterator[None]:
+    """While it lasts, pages of files that were mapped since it began are given back several times a second.
+
+    For what reads a checkpoint through without keeping it, nor writing to its weights.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = set(_mapped_files(".safetensors"))
 
     def release() -> None:
-        while not done.wait(RELEASE_SECONDS):
-            release_pages(tensors)
+        for start, end in _mapped_files(".safetensors"):
+            if (start, end) not in before:
+                _madvise()(start, end - start, MADV_DONTNEED)
 
-    thread = threading.Thread(target=release, daemon=True)
-    if tensors:
-        thread.start()
+    with _repeating(release):
+        yield
+
+
+@contextmanager
+def _repeating(release: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, and once more in the end, in a thread."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(RELEASE_SECONDS):
+            release()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        if tensors:
-            thread.join()
-            release_pages(tensors)
+        thread.join()
+        release()
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from rocket.config.schema import ModelConfig
 from rocket.models.auto import empty_model
 from rocket.models.load import locate, open_weights
-from rocket.models.residence import SMALL
+from rocket.models.residence import SMALL, releasing_files
 from rocket.models.stored import read_headers
 from rocket.models.structure import find_blocks
 
@@ -53,7 +53,8 @@ def rewrite(config: ModelConfig, directory: Path) -> None:
     """
     source = locate(config.path).source
     places = dict(_places(_empty(config, source)))
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.", suffix=".tmp") as converted:
+    folder = tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.", suffix=".tmp")
+    with releasing_files(), folder as converted:
         model = open_weights(
             config.path,
             source,

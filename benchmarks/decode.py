@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ from rocket.forms.dictionary import sizes_for
 from rocket.kernels import bitmap, library, ops
 from rocket.models import target_layers
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
-from rocket.nn.layers import empty_layer
+from rocket.nn.layers import Precision, empty_layer
 
 LAYERS = ["576x1536", "1536x576", "2048x2048", "2048x8192", "8192x2048", "4096x14336"]
 RANK_SUPPORT_RATIO = 2.0
@@ -82,10 +82,25 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+class Kind(NamedTuple):
+    """What layers are timed: a form, the share of the parameters that it removes, and the precision of its values."""
+
+    form: str
+    removed: float
+    precision: Precision = "float"
+
+
+def kinds(args: argparse.Namespace) -> list[Kind]:
+    """All that were asked for; where int8 was, the plain int8 layer that removes nothing too."""
+    found = [Kind(*kind) for kind in itertools.product(args.forms, args.removed, args.precisions)]
+    return found + [Kind("dense", 0.0, "int8")] * ("int8" in args.precisions)
+
+
 def random_layer(
-    out_features: int, in_features: int, form: str, removed: float, dtype: torch.dtype, input_group: str = "benchmark"
+    out_features: int, in_features: int, kind: Kind, dtype: torch.dtype, input_group: str = "benchmark"
 ) -> CompressedLinear:
-    """A compressed layer of random values that removes this share of the parameters."""
+    """A compressed layer of random values."""
+    form, removed, precision = kind
     generator = torch.Generator().manual_seed(0)
     columns, rank = in_features, 0
     nnz = int((1 - removed) * out_features * in_features)
@@ -96,12 +111,20 @@ def random_layer(
     keep = torch.zeros(out_features * columns, dtype=torch.bool)
     keep[torch.randperm(keep.numel(), generator=generator)[:nnz]] = True
     mask = bitmap.pack_mask(keep.view(out_features, columns))
-    spec = LayerSpec(form, in_features, out_features, rank, nnz, input_group)
+    spec = LayerSpec(form, in_features, out_features, rank, 0 if form == "dense" else nnz, input_group, precision)
     with torch.device("meta"):
         layer = empty_layer(spec, bias=False)
-    state = {"weight": (torch.randn(nnz, generator=generator) * 0.02).to(dtype), "mask": mask}
+    state = {"weight": torch.randn(nnz, generator=generator)}
     if rank:
-        state["dictionary"] = (torch.randn(rank, in_features, generator=generator) * 0.02).to(dtype)
+        state["dictionary"] = torch.randn(rank, in_features, generator=generator)
+    for name, values in list(state.items()):
+        if precision == "float":
+            state[name] = (values * 0.02).to(dtype)
+        else:
+            state[name] = (values * 32).clamp(-127, 127).to(torch.int8)
+            state[f"{name}_scale"] = torch.full((out_features if name == "weight" else rank,), 0.08, dtype=dtype)
+    if form != "dense":
+        state["mask"] = mask
     layer.load_state_dict(state, assign=True)
     layer.use_kernels()
     return layer.requires_grad_(False)
@@ -147,12 +170,10 @@ def for_each(items: Sequence[Any], product: Callable[[Any], object]) -> Callable
     return call
 
 
-def layer_row(
-    shape: str, dtype: torch.dtype, batch: int, removed: float, form: str, rounds: int, bandwidth: float
-) -> dict[str, Any]:
+def layer_row(shape: str, dtype: torch.dtype, batch: int, kind: Kind, rounds: int, bandwidth: float) -> dict[str, Any]:
     out_features, in_features = (int(size) for size in shape.split("x"))
     inputs = torch.randn(batch, in_features).to(dtype)
-    layer = random_layer(out_features, in_features, form, removed, dtype)
+    layer = random_layer(out_features, in_features, kind, dtype)
     size = sum(tensor.numel() * tensor.element_size() for tensor in layer.state_dict().values())
     dense_bytes = out_features * in_features * inputs.element_size()
     count = max(2, -(-2 * cache_bytes() // size))  # copies enough to be out of the cache when their turn comes
@@ -167,7 +188,7 @@ def layer_row(
             packed, lambda weight: torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
         ),
     }
-    if form == "sparse" and dtype == torch.float32:  # torch has no product for CSR in half precision here
+    if kind.form == "sparse" and dtype == torch.float32:  # torch has no product for CSR in half precision here
         matrices = [layer.dense_weight().to_sparse_csr() for layer in layers]
         contenders["torch CSR"] = for_each(matrices, lambda matrix: matrix @ inputs.T)
     found = take_turns(contenders, rounds)
@@ -177,14 +198,17 @@ def layer_row(
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
-        "form": form,
-        "removed_ratio": removed,
+        **columns_of(kind),
         "microseconds": 1e6 * seconds["ours"],
         "relative_spread": (max(found["ours"]) - min(found["ours"])) / statistics.median(found["ours"]),
         **{f"over {name}": seconds[name] / seconds["ours"] for name in seconds if name != "ours"},
         "limit over our dense": dense_bytes / size,
         "stream_share": size / seconds["ours"] / bandwidth,
     }
+
+
+def columns_of(kind: Kind) -> dict[str, Any]:
+    return {"form": kind.form, "removed_ratio": kind.removed, "precision": kind.precision}
 
 
 def _copy(layer: CompressedLinear) -> CompressedLinear:
@@ -201,11 +225,11 @@ def random_model(name: str, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def compressed_model(name: str, dtype: torch.dtype, form: str, removed: float) -> Any:
+def compressed_model(name: str, dtype: torch.dtype, kind: Kind) -> Any:
     model = random_model(name, dtype)
     for layer, module in target_layers(model).items():
         features = (module.out_features, module.in_features)
-        replace_module(model, layer, random_layer(*features, form, removed, dtype, input_group_of(layer)))
+        replace_module(model, layer, random_layer(*features, kind, dtype, input_group_of(layer)))
     return model
 
 
@@ -240,38 +264,36 @@ def model_rows(name: str, dtype: torch.dtype, args: argparse.Namespace) -> list[
         for batch in args.model_batches
     ]
     works.append(("prefill", 1, lambda model: prefill(model, args.prefill)))
-    for removed in args.removed:
-        for form in args.forms:
-            small = rocket.optimize(compressed_model(name, dtype, form, removed))
-            for work, batch, make in works:
-                tokens = args.prefill if work == "prefill" else batch * args.tokens
-                contenders = {"original": make(original), "our dense": make(ours), "compressed": make(small)}
-                found = take_turns(contenders, args.rounds)
-                median = {key: statistics.median(values) for key, values in found.items()}
-                trivial = None
-                if args.trivial:
-                    rocket.optimize(small, backend="trivial")
-                    trivial = statistics.median(take_turns({"trivial": make(small)}, 1)["trivial"])
-                    rocket.optimize(small)
-                rows.append(
-                    {
-                        "kind": "model",
-                        "model": name,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "work": work,
-                        "batch": batch,
-                        "form": form,
-                        "removed_ratio": removed,
-                        "tokens_per_second": tokens / median["compressed"],
-                        "original_tokens_per_second": tokens / median["original"],
-                        "trivial_tokens_per_second": None if trivial is None else tokens / trivial,
-                        "relative_spread": (max(found["compressed"]) - min(found["compressed"])) / median["compressed"],
-                        "over original": median["original"] / median["compressed"],
-                        "over our dense": median["our dense"] / median["compressed"],
-                    }
-                )
-                print(rows[-1], flush=True)
-            del small
+    for kind in kinds(args):
+        small = rocket.optimize(compressed_model(name, dtype, kind))
+        for work, batch, make in works:
+            tokens = args.prefill if work == "prefill" else batch * args.tokens
+            contenders = {"original": make(original), "our dense": make(ours), "compressed": make(small)}
+            found = take_turns(contenders, args.rounds)
+            median = {key: statistics.median(values) for key, values in found.items()}
+            trivial = None
+            if args.trivial:
+                rocket.optimize(small, backend="trivial")
+                trivial = statistics.median(take_turns({"trivial": make(small)}, 1)["trivial"])
+                rocket.optimize(small)
+            rows.append(
+                {
+                    "kind": "model",
+                    "model": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "work": work,
+                    "batch": batch,
+                    **columns_of(kind),
+                    "tokens_per_second": tokens / median["compressed"],
+                    "original_tokens_per_second": tokens / median["original"],
+                    "trivial_tokens_per_second": None if trivial is None else tokens / trivial,
+                    "relative_spread": (max(found["compressed"]) - min(found["compressed"])) / median["compressed"],
+                    "over original": median["original"] / median["compressed"],
+                    "over our dense": median["our dense"] / median["compressed"],
+                }
+            )
+            print(rows[-1], flush=True)
+        del small
     return rows
 
 
@@ -301,12 +323,12 @@ print(json.dumps({**found, "anonymous": status("RssAnon:") - anonymous}))
 """
 
 
-def memory_row(name: str, dtype: torch.dtype, form: str, removed: float, prompt: int) -> dict[str, Any]:
+def memory_row(name: str, dtype: torch.dtype, kind: Kind, prompt: int) -> dict[str, Any]:
     """Memory that opening, optimizing and running a compressed model takes, in a process of its own (Linux)."""
     with tempfile.TemporaryDirectory() as directory:
         tiny, real = Path(directory) / "tiny", Path(directory) / "real"
         for model_name, path in (("tiny", tiny), (name, real)):
-            model = compressed_model(model_name, dtype, form, removed)
+            model = compressed_model(model_name, dtype, kind)
             modules = model.named_modules()
             attach_quantizer(model, {layer: m.spec for layer, m in modules if isinstance(m, CompressedLinear)})
             model.save_pretrained(path)
@@ -318,8 +340,7 @@ def memory_row(name: str, dtype: torch.dtype, form: str, removed: float, prompt:
         "kind": "memory",
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "form": form,
-        "removed_ratio": removed,
+        **columns_of(kind),
         "prompt": prompt,
         "stored_mb": stored / 1e6,
         "resident_ratio": found["resident"] / stored,
@@ -334,6 +355,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["smollm2-135m"], choices=list(MODELS))
     parser.add_argument("--forms", nargs="+", default=["sparse", "dictionary"], choices=["sparse", "dictionary"])
     parser.add_argument("--removed", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--precisions", nargs="+", default=["float"], choices=get_args(Precision), help="of values")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1], help="rows of input of the layer products")
     parser.add_argument("--model-batches", nargs="+", type=int, default=[1, 4, 16])
@@ -356,14 +378,14 @@ def main() -> None:
         }
     ]
     for dtype in (getattr(torch, name) for name in args.dtypes):
-        for shape, batch, removed, form in itertools.product(args.layers, args.batches, args.removed, args.forms):
-            rows.append(layer_row(shape, dtype, batch, removed, form, args.rounds, bandwidth))
+        for shape, batch, kind in itertools.product(args.layers, args.batches, kinds(args)):
+            rows.append(layer_row(shape, dtype, batch, kind, args.rounds, bandwidth))
             print(rows[-1], flush=True)
         for name in args.models:
             rows += model_rows(name, dtype, args)
             if args.memory:
-                for form in args.forms:
-                    rows.append(memory_row(name, dtype, form, args.removed[-1], args.prompt))
+                for kind in kinds(args):
+                    rows.append(memory_row(name, dtype, kind, args.prompt))
                     print(rows[-1], flush=True)
         write_results(args.output, rows)
 

@@ -165,19 +165,12 @@ def factor_linear(
     operands.check_product(x, values, in_features, scale, out)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
+    sparse = (pointer(values), pointer(scale), pointer(mask), pointer(offsets), values.numel(), out)
     kernels.factor_linear(
         *(kernels.path, library.TYPES[x.dtype], torch.get_num_threads()),
         *(x.data_ptr(), batch, in_features),
         *(pointer(dictionary), pointer(dictionary_scale), rank),
-        *(
-            pointer(values),
-            pointer(scale),
-            pointer(mask),
-            pointer(offsets),
-            values.numel(),
-            out,
-        ),
-        *(pointer(bias), y.data_ptr()),
+        *(*sparse, pointer(bias), y.data_ptr()),
     )
     return y
 
@@ -218,17 +211,11 @@ def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tens
 def _expand_into(
     dense: Tensor, kernels: library.Kernels, values: Tensor, mask: Tensor, offsets: Tensor, scale: Tensor | None
 ) -> Tensor:
+    out, cols = dense.shape
     kernels.expand(
         *(kernels.path, library.TYPES[dense.dtype], torch.get_num_threads()),
-        *(
-            pointer(values),
-            pointer(scale),
-            pointer(mask),
-            pointer(offsets),
-            values.numel(),
-            dense.shape[0],
-        ),
-        *(dense.shape[1], dense.data_ptr()),
+        *(pointer(values), pointer(scale), pointer(mask), pointer(offsets), values.numel(), out),
+        *(cols, dense.data_ptr()),
     )
     return dense
 

@@ -74,6 +74,10 @@ class SharedInput:
                 return None
         return ops.sparse_linears(inputs, values, masks, offsets, columns, biases, scales)
 
+    def forget(self) -> None:
+        """Hold no tensors that the layers may be about to leave."""
+        self._pending = self._products = None
+
     def dissolve(self) -> None:
         """Let the layers go their own ways."""
         for layer in self.layers:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rocket.calib import measure_sensitivities, sensitivity
 from rocket.config import RocketError, load_config
+from rocket.config.schema import ModelConfig
 from rocket.memory import estimate_memory
 from rocket.models import (
     find_blocks,
@@ -227,3 +228,12 @@ def test_a_budget_that_cannot_be_kept_is_no_budget(write_config):
     config = load_config(write_config("run"), ["model.path=embedded:smollm2-135m", "memory_budget=6GB"])
     with Session(config) as session, pytest.raises(RocketError, match="only models in safetensors are streamed"):
         session.memory  # noqa: B018
+
+
+def test_a_download_that_fails_is_told(monkeypatch):
+    def fail(*_: object, **__: object):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("rocket.models.rewriting.snapshot_download", fail)
+    with pytest.raises(RocketError, match=r"model\.path='someone/model' cannot be downloaded: no route to host"):
+        unlike_model(ModelConfig(path="someone/model"))

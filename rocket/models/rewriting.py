@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig
 
+from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
 from rocket.models.auto import empty_model
 from rocket.models.load import locate, open_weights
@@ -25,6 +26,7 @@ from rocket.models.stored import read_headers
 from rocket.models.structure import find_blocks
 
 STORED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+WEIGHTS = "model*.safetensors"  # other files beside them may hold the same in other formats
 SHARD_BYTES = 500_000_000
 
 
@@ -34,7 +36,7 @@ def unlike_model(config: ModelConfig) -> str | None:
     By the headers of the files alone; those of a model on the hub are downloaded.
     """
     source = locate(config.path).source
-    files = sorted(_directory(config, source).glob("*.safetensors"))
+    files = sorted(_directory(config, source).glob(WEIGHTS))
     stored = read_headers(files)
     wanted = STORED_TYPES[config.dtype]
     mappable = {_below_list(key) for key, tensor in stored.items() if tensor.dtype == wanted}
@@ -88,7 +90,10 @@ def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _directory(config: ModelConfig, source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
-    return Path(snapshot_download(source, revision=config.revision, allow_patterns=["*.safetensors", "*.json"]))
+    try:
+        return Path(snapshot_download(source, revision=config.revision, allow_patterns=[WEIGHTS, "*.json"]))
+    except (OSError, ValueError) as error:
+        raise RocketError(f"model.path={config.path!r} cannot be downloaded: {first_line(error)}") from error
 
 
 def _empty(config: ModelConfig, source: str) -> nn.Module:

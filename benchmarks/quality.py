@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[128], help="windows to calibrate on")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--sensitivity-samples", type=int, default=16)
-    parser.add_argument("--search-samples", type=int, default=16, help="further windows, which searches score by")
+    parser.add_argument("--search-samples", type=int, default=64, help="further windows, which searches score by")
     parser.add_argument("--evopress-samples", type=int, default=4, help="of them, that each candidate is scored by")
     parser.add_argument("--search-sizes", nargs="*", type=float, default=[0.5], help="sizes for evopress")
     parser.add_argument("--evaluations", type=int, default=100, help="candidate evaluations of a search")

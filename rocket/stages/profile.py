@@ -20,7 +20,7 @@ from rocket.stages.gather import gather_activations
 from rocket.stages.material import calibrates_on_samples, calibration_tokens
 from rocket.usage import track
 
-MEASURING_WINDOWS = 32
+MEASURING_WINDOWS = 64
 
 
 def work_of(layer: LinearLayer) -> float:

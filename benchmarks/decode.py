@@ -108,9 +108,6 @@ def random_layer(
         problem = LayerProblem(torch.zeros(out_features, in_features), torch.zeros(in_features, in_features))
         rank, support = sizes_for(problem, removed, RANK_SUPPORT_RATIO)
         columns, nnz = rank, support * out_features
-    keep = torch.zeros(out_features * columns, dtype=torch.bool)
-    keep[torch.randperm(keep.numel(), generator=generator)[:nnz]] = True
-    mask = bitmap.pack_mask(keep.view(out_features, columns))
     spec = LayerSpec(form, in_features, out_features, rank, 0 if form == "dense" else nnz, input_group, precision)
     with torch.device("meta"):
         layer = empty_layer(spec, bias=False)
@@ -124,7 +121,9 @@ def random_layer(
             state[name] = (values * 32).clamp(-127, 127).to(torch.int8)
             state[f"{name}_scale"] = torch.full((out_features if name == "weight" else rank,), 0.08, dtype=dtype)
     if form != "dense":
-        state["mask"] = mask
+        keep = torch.zeros(out_features * columns, dtype=torch.bool)
+        keep[torch.randperm(keep.numel(), generator=generator)[:nnz]] = True
+        state["mask"] = bitmap.pack_mask(keep.view(out_features, columns))
     layer.load_state_dict(state, assign=True)
     layer.use_kernels()
     return layer.requires_grad_(False)
@@ -384,7 +383,7 @@ def main() -> None:
         for name in args.models:
             rows += model_rows(name, dtype, args)
             if args.memory:
-                for kind in kinds(args):
+                for kind in (kind for kind in kinds(args) if kind.removed in (0.0, args.removed[-1])):
                     rows.append(memory_row(name, dtype, kind, args.prompt))
                     print(rows[-1], flush=True)
         write_results(args.output, rows)

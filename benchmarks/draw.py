@@ -46,6 +46,13 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def check_one_calibration(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError for rows of several calibration sets, which would be taken for seeds of one."""
+    sets = {(row.get("calibration", "embedded"), row.get("calibration_tokens")) for row in rows}
+    if len(sets) > 1:
+        raise ValueError(f"calibrated on {sorted(sets)}: draw them apart")
+
+
 def collect(rows: Iterable[Mapping[str, Any]], field: str) -> Values:
     """Values of a field by method, text and removed ratio, one for each seed."""
     found: dict[tuple[str, str, float], list[float]] = defaultdict(list)
@@ -92,6 +99,7 @@ def main() -> None:
         merged = json.dumps(merge(args.results), indent=1, sort_keys=True)
         args.merge.write_text(merged + "\n", encoding="utf-8")
     rows = read_rows(args.results)
+    check_one_calibration(rows)
     values = collect(rows, "excess_loss")
     choice = {"method": args.methods}
     print(pivot(rows, ["method", "text"], ["excess_loss"], "target_removed_ratio", where=choice, format=".3f"))

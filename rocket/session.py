@@ -80,6 +80,8 @@ class Session:
         self.wait()
         if not self.leads:
             self.run = RunDirectory(config.output_dir, identity, lock=None)
+        if ranks.count > 1:  # processes agree on it, and some of them may never load the model
+            _ = self.rewritten
 
     def __enter__(self) -> Session:
         return self
@@ -89,23 +91,27 @@ class Session:
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, Any]:
-        rewritten = self._rewritten() if self.streams else None
+        streams, states, rewritten = self.streams, self.states, self.rewritten
         with self.stage("load model"):
-            model, processor = load_model(self.config.model, self.streams, self.states, rewritten)
+            model, processor = load_model(self.config.model, streams, states, rewritten)
             unstack_experts(model)
             return model, processor
 
-    def _rewritten(self) -> Path | None:
-        """Where the model's weights are so that its blocks can be read one at a time, if its own files are not so."""
-        tensor = self.agree(unlike_model(self.config.model))
+    @cached_property
+    def rewritten(self) -> Path | None:
+        """Where the weights of a streamed model are, if its own files do not hold them as the model has them."""
+        tensor = self.agree(unlike_model(self.config.model)) if self.streams else None
         if tensor is None:
             return None
-        made_of = fingerprint(
-            model=self.model_identity,
-            names=transformers.__version__.partition(".")[0],
-            loading=self.config.model.model_dump(exclude={"device"}),
-        )
+        loading = self.config.model.model_dump(include={"path", "revision", "dtype", "trust_remote_code"})
+        names = transformers.__version__.partition(".")[0]
+        made_of = fingerprint(model=self.model_identity, names=names, loading=loading)
         if self.leads and not self.run.has_directory(REWRITTEN, made_of):
+            if self.shard:
+                raise RocketError(
+                    f"{tensor} is not stored as the model has it, and several shards must not write the weights again "
+                    "at once: run `rocket gather` first, with the same memory_budget"
+                )
             logger.info("%s is not stored as the model has it: the weights are written again", tensor)
             with self.stage("rewrite model"), self.run.new_directory(REWRITTEN, made_of) as directory:
                 rewrite(self.config.model, directory)

@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rocket.calib import measure_sensitivities, sensitivity
 from rocket.config import RocketError, load_config
@@ -21,6 +21,7 @@ from rocket.models import (
     is_streamed,
     load_model,
     release_pages,
+    rewrite,
     stacked_experts,
     target_layers,
     unlike_model,
@@ -64,7 +65,8 @@ def run(path, monkeypatch, streams: bool):
     ("family", "dtype"),
     [
         *(("llama", "float32"), ("gemma2", "float32"), ("gpt2", "float32"), ("granitemoe", "float32")),
-        *(("llama", "bfloat16"), ("mixtral", "float32"), ("qwen3_moe", "bfloat16")),  # read from files written again
+        # read from files written again
+        *(("llama", "bfloat16"), ("gpt2", "bfloat16"), ("mixtral", "float32"), ("qwen3_moe", "bfloat16")),
     ],
 )
 def test_streamed_is_the_same_to_the_bit(write_config, monkeypatch, tmp_path, family, dtype):
@@ -234,6 +236,52 @@ def test_a_download_that_fails_is_told(monkeypatch):
     def fail(*_: object, **__: object):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("rocket.models.rewriting.snapshot_download", fail)
-    with pytest.raises(RocketError, match=r"model\.path='someone/model' cannot be downloaded: no route to host"):
+    monkeypatch.setattr("rocket.models.rewriting.cached_file", fail)
+    with pytest.raises(RocketError, match=r"weights of model\.path='someone/model' cannot be found: no route to host"):
         unlike_model(ModelConfig(path="someone/model"))
+
+
+def test_what_is_beside_the_blocks_is_written_too(byte_tokenizer, tmp_path):
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    architecture = AutoConfig.for_model("bart", **small, **heads, vocab_size=300)
+    model = AutoModelForSeq2SeqLM.from_config(architecture)
+    model.final_logits_bias += 1.0  # a buffer of the model itself
+    model.save_pretrained(tmp_path / "bart")
+    byte_tokenizer.save_pretrained(tmp_path / "bart")
+    config = ModelConfig(path=str(tmp_path / "bart"), dtype="bfloat16", device="cpu")
+    rewrite(config, tmp_path / "rewritten")
+    expected = load_model(config)[0].state_dict()
+    found = load_model(config, rewritten=tmp_path / "rewritten")[0].state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_only_the_files_of_the_index_count(write_config, monkeypatch):
+    monkeypatch.setattr("rocket.models.rewriting.SMALL", 1)
+    config = load_config(write_config("run")).model
+    folder = Path(config.path)
+    assert unlike_model(config) is None
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / "model.fp16.safetensors")
+    assert unlike_model(config) is None
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "weights.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert unlike_model(config) is None
+    index["weight_map"] = dict.fromkeys(tensors, "../weights.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RocketError, match="which is not in it"):
+        unlike_model(config)
+    transposed = {name: tensor.T.contiguous() for name, tensor in tensors.items()}
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(transposed, folder / "model.safetensors")
+    assert "k_proj" in unlike_model(config)
+
+
+def test_shards_do_not_write_weights_again(write_config, monkeypatch):
+    monkeypatch.setattr("rocket.models.rewriting.SMALL", 1)
+    monkeypatch.setattr(Session, "streams", True)
+    config = load_config(write_config("run", dtype="bfloat16"))
+    with Session(config, shard=(1, 2)) as session, pytest.raises(RocketError, match="run `rocket gather` first"):
+        assert session.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -71,7 +70,7 @@ def sparse_linears(
     x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
 ) -> list[Tensor]:
     kernels = kernels_for(x.dtype)
-    if kernels is None or rows_of(x) > MAX_KERNEL_BATCH:
+    if kernels is None or rows_of(x) > MAX_KERNEL_BATCH or not masks:
         return by_torch.sparse_linears(x, values, masks, offsets, cols, biases, scales)
     return SparseProducts(kernels, zip(values, scales, masks, offsets, biases, strict=True), cols)(x)
 
@@ -79,15 +78,15 @@ def sparse_linears(
 class SparseProducts:
     """Products of one x with several packed matrices: the arguments checked, their pointers laid out, once for all x.
 
-    A part is the tensors of a matrix: values, scale or None, mask, offsets, bias or None. All have ``cols`` columns and
-    values of one kind. Safe to call from several threads at a time.
+    All have ``cols`` columns and values of one kind. The tensors are not kept: before a call it must be seen
+    (`are_of`) that they are still where they were. Safe to call from several threads at a time.
     """
 
     def __init__(self, kernels: library.Kernels, parts: Iterable[Part], cols: int) -> None:
         self._kernels = kernels
         self._cols = cols
-        self._tensors: list[Tensor | None] = []
         self._outputs: list[int] = []
+        tensors: list[Tensor | None] = []
         types = set()
         fields: list[int] = []
         for values, scale, mask, offsets, bias in parts:
@@ -97,17 +96,17 @@ class SparseProducts:
             types.add((values.dtype, operands.value_type(values, scale)))
             fields += (pointer(tensor) for tensor in (values, scale, mask, offsets))
             fields += (values.numel(), out, pointer(bias), 0)
-            self._tensors += (values, scale, mask, offsets, bias)
+            tensors += (values, scale, mask, offsets, bias)
             self._outputs.append(out)
         if len(types) != 1:
             raise ValueError(f"matrices of one product must have values of one type, got {types}")
         ((_, self._type),) = types
         self._fields = library.parts(fields)
-        self._pointers = _addresses(self._tensors)
+        self._seen = _seen(tensors)
 
     def are_of(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these are the tensors of all parts, in order, and lie where they lay."""
-        return all(map(operator.is_, tensors, self._tensors)) and _addresses(tensors) == self._pointers
+        """Whether the tensors of all parts, in order, lie where those lay that the products are of."""
+        return _seen(tensors) == self._seen
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x Wᵀ + bias of each part, for x [..., cols]. Raises ValueError if x does not fit."""
@@ -131,18 +130,25 @@ class SparseProducts:
 def prepare(tensors: Sequence[Any], cols: int) -> SparseProducts | None:
     """The products with matrices whose tensors these are, part after part.
 
-    None where they cannot be one call of the kernels: there are none, offsets are missing, or types differ.
+    None where they cannot be one call of the kernels: there are none, tensors are missing or elsewhere, types differ.
     """
     parts: list[Any] = [tensors[first : first + PART_TENSORS] for first in range(0, len(tensors), PART_TENSORS)]
-    values, scale, *_ = parts[0]
-    kernels = kernels_for(operands.value_type(values, scale))
-    if kernels is None or any(part[0].dtype != values.dtype or part[3] is None for part in parts):
+    if any(tensor is None for values, _, mask, offsets, _ in parts for tensor in (values, mask, offsets)):
+        return None
+    types = {(values.dtype, operands.value_type(values, scale)) for values, scale, *_ in parts}
+    kernels = kernels_for(next(iter(types))[1])
+    if kernels is None or len(types) > 1 or any(tensor is not None and not tensor.is_cpu for tensor in tensors):
         return None
     return SparseProducts(kernels, parts, cols)
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _seen(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """What tells that pointers to tensors can be used again: addresses, sizes, and the types of values and scales."""
+    return (
+        [None if tensor is None else (tensor.data_ptr(), tensor.numel()) for tensor in tensors],
+        [values if values is None else values.dtype for values in tensors[::PART_TENSORS]],
+        [scale if scale is None else scale.dtype for scale in tensors[1::PART_TENSORS]],
+    )
 
 
 def factor_linear(

@@ -45,15 +45,20 @@ _pick = torch.ops.rocket.pick.default
 def direct(x: Tensor) -> bool:
     """Whether a product of x may go to the CPU's functions past torch's dispatcher, which takes as long as a small one.
 
-    Not where anything takes part in it: a gradient, a compiler or a tracer, a mode, a function transform, a subclass.
+    Not where anything takes part in it: a gradient, a compiler, tracer or profiler, a mode, a function transform, a
+    subclass, or x is more than numbers in memory.
     """
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or type(x) is not Tensor
         or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.is_neg()
         or is_in_torch_dispatch_mode()
+        or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 

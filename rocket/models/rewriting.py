@@ -6,27 +6,31 @@ where transformers stacks experts while loading. transformers itself converts, a
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
 from rocket.models.auto import empty_model
 from rocket.models.load import locate, open_weights
 from rocket.models.residence import SMALL, releasing_files
-from rocket.models.stored import read_headers
+from rocket.models.stored import check_config_file, check_places, read_headers
 from rocket.models.structure import find_blocks
 
 STORED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-WEIGHTS = "model*.safetensors"  # other files beside them may hold the same in other formats
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 SHARD_BYTES = 500_000_000
 
 
@@ -36,13 +40,12 @@ def unlike_model(config: ModelConfig) -> str | None:
     By the headers of the files alone; those of a model on the hub are downloaded.
     """
     source = locate(config.path).source
-    files = sorted(_directory(config, source).glob(WEIGHTS))
-    stored = read_headers(files)
     wanted = STORED_TYPES[config.dtype]
-    mappable = {_below_list(key) for key, tensor in stored.items() if tensor.dtype == wanted}
+    stored = read_headers(_weight_files(config, source)).items()
+    mappable = {(_below_list(key), tensor.shape) for key, tensor in stored if tensor.dtype == wanted}
     for block, module in find_blocks(_empty(config, source)).items():
         for name, tensor in module.named_parameters(prefix=block):
-            if tensor.numel() >= SMALL and _below_list(name) not in mappable:
+            if tensor.numel() >= SMALL and (_below_list(name), tuple(tensor.shape)) not in mappable:
                 return name
     return None
 
@@ -50,8 +53,8 @@ def unlike_model(config: ModelConfig) -> str | None:
 def rewrite(config: ModelConfig, directory: Path) -> None:
     """Write config.json and the weights of a model into ``directory``, in its own type and under its own names.
 
-    Memory: a converted tensor (all experts of a block) and a shard. Disk, until it is done: the converted tensors once
-    more, beside ``directory``.
+    Memory: what is outside of the blocks, a shard, and the largest tensor that is converted (all experts of a block)
+    twice. Disk, until it is done: the converted tensors once more, beside ``directory``.
     """
     source = locate(config.path).source
     places = dict(_places(_empty(config, source)))
@@ -81,23 +84,39 @@ def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
             around.add(name)
     for name in around:
         module = model.get_submodule(name)
-        for part, _ in (*module.named_children(), *module.named_parameters(recurse=False)):
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for part, _ in (*module.named_children(), *own):
             whole = f"{name}.{part}".lstrip(".")
             if whole not in around:
                 yield whole, "disk" if whole in blocks else "cpu"
 
 
-def _directory(config: ModelConfig, source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
+def _weight_files(config: ModelConfig, source: str) -> list[Path]:
+    """The files that hold the model, there on disk; none where it comes in other files than safetensors."""
+
+    def find(name: str) -> Path | None:
+        missing = {"_raise_exceptions_for_missing_entries": False}
+        found = cached_file(source, name, revision=config.revision, **missing)
+        return None if found is None else Path(found)
+
     try:
-        return Path(snapshot_download(source, revision=config.revision, allow_patterns=[WEIGHTS, "*.json"]))
-    except (OSError, ValueError) as error:
-        raise RocketError(f"model.path={config.path!r} cannot be downloaded: {first_line(error)}") from error
+        index = find(INDEX)
+        if index is None:
+            return [file for file in [find(SINGLE)] if file is not None]
+        shards = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        directory = Path(source)
+        if not directory.is_dir():
+            directory = Path(snapshot_download(source, revision=config.revision, allow_patterns=shards))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RocketError(f"the weights of model.path={config.path!r} cannot be found: {first_line(error)}") from error
+    files = [directory / name for name in shards]
+    check_places(directory, files)
+    return files
 
 
 def _empty(config: ModelConfig, source: str) -> nn.Module:
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    check_config_file(cached_file(source, "config.json", revision=config.revision))
     architecture = AutoConfig.from_pretrained(source, **options)
     model: nn.Module = empty_model(architecture, getattr(torch, config.dtype), config.trust_remote_code)
     return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,19 @@ class SharedInput:
     more rows of input than the kernels multiply directly, each multiplies by itself: there is nothing to gain.
     """
 
-    def __init__(self, layers: Iterable[SparseLinear]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]  # they hold this, and are freed with their model
+        self._columns = layers[0].in_features
         self._pending: _Pending | None = None
         self._products: cpu.SparseProducts | None = None
-        self._slots = [slot for layer in self.layers for slot in layer.slots()]
-        for index, layer in enumerate(self.layers):
+        self._slots = [slot for layer in layers for slot in layer.slots()]
+        for index, layer in enumerate(layers):
             layer.shared_input, layer.place = self, index
+
+    @property
+    def layers(self) -> list[SparseLinear]:
+        """Those that are still there."""
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
 
     def product(self, layer: SparseLinear, inputs: Tensor) -> Tensor | None:
         """x Wᵀ + bias of one of the layers; None where it is to multiply by itself."""
@@ -59,24 +66,19 @@ class SharedInput:
         if inputs.shape[:-1].numel() > cpu.MAX_KERNEL_BATCH:
             return None
         tensors: list[Any] = [store.get(name) for store, name in self._slots]
-        columns = self.layers[0].in_features
         if ops.direct(inputs):
             if self._products is None or not self._products.are_of(tensors):
-                self._products = cpu.prepare(tensors, columns)
+                self._products = cpu.prepare(tensors, self._columns)
             return None if self._products is None else self._products(inputs)
-        if len(self.layers) == 1:
+        if len(self._layers) == 1:
             return None
         values, scales, masks, offsets, biases = (tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS))
-        if any(tensor is None for tensor in offsets):
+        if any(tensor is None for tensor in (*values, *offsets)):
             return None
         for value, scale in zip(values, scales, strict=True):
             if (value if scale is None else scale).dtype != inputs.dtype or value.device != inputs.device:
                 return None
-        return ops.sparse_linears(inputs, values, masks, offsets, columns, biases, scales)
-
-    def forget(self) -> None:
-        """Hold no tensors that the layers may be about to leave."""
-        self._pending = self._products = None
+        return ops.sparse_linears(inputs, values, masks, offsets, self._columns, biases, scales)
 
     def dissolve(self) -> None:
         """Let the layers go their own ways."""
@@ -93,20 +95,22 @@ class SharedInput:
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Prepare the products of sparse layers: one for those that read the same input, by their spec. Does so but once.
+    """Prepare the products of sparse layers, one for those that read the same input, by their spec.
 
-    Layers with a forward of somebody else's (accelerate's, which moves tensors about) are left alone.
+    Groups that there are already stay. Layers with a forward of somebody else's (accelerate's, which moves tensors
+    about) are left alone.
     """
     groups: dict[tuple[object, ...], list[SparseLinear]] = {}
     for module in model.modules():
-        if not isinstance(module, SparseLinear) or module.offsets is None or module.shared_input is not None:
+        if not isinstance(module, SparseLinear) or module.offsets is None or "forward" in vars(module):
             continue
-        if "forward" in vars(module):
+        if module.shared_input is not None and len(module.shared_input.layers) > 1:
             continue
         features = (module.in_features, module.weight.dtype, module.dtype, module.weight.device)
         groups.setdefault((module.spec.input_group, *features), []).append(module)
     for layers in groups.values():
-        SharedInput(layers)
+        if len(layers) > 1 or layers[0].weight.is_cpu:
+            SharedInput(layers)
 
 
 def _version(inputs: Tensor) -> int:

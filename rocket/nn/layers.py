@@ -269,11 +269,6 @@ class SparseLinear(CompressedLinear):
             inputs, self.weight, self.mask, offsets, self.in_features, self.bias, self.weight_scale
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        if self.shared_input is not None:
-            self.shared_input.forget()
-        return super()._apply(fn, recurse)
-
     def slots(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
         """Where the tensors of `kernels.cpu.Part` are kept: read there without the detour of a module's attributes."""
         parameters, buffers = self._parameters, self._buffers

@@ -320,6 +320,13 @@ def test_whoever_watches_sees_the_op() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert product(mode.from_tensor(x)).shape == (2, 6)
         assert product(torch.nn.Parameter(x)).shape == (2, 6)
+        negated = torch._neg_view(x)
+        torch.testing.assert_close(product(negated), -product(x))
+        torch.testing.assert_close(product(x.to_sparse()), product(x))
+        with torch.profiler.profile() as profile:
+            product(x)
+        assert any(event.name == "rocket::sparse_linear" for event in profile.events())
+        assert ops.sparse_linears(x, [], [], [], 70, [], []) == []
         with pytest.raises(ValueError, match="x is on the CPU, a matrix on meta"):
             ops.dense_linear(x, torch.ones(6, 70, device="meta"))
     assert not ops.direct(x)  # with gradients

@@ -1,6 +1,8 @@
 """Sparse layers of one input multiply together; nothing else changes."""
 
 import copy
+import gc
+import weakref
 
 import accelerate
 import pytest
@@ -150,9 +152,19 @@ def load_state_by_assignment(layer):
     layer.load_state_dict({**state, "weight": 3.0 * state["weight"]}, assign=True)
 
 
-@pytest.mark.parametrize(
-    "change", [set_weight_in_place, set_weight_data, set_bias_in_place, load_state, load_state_by_assignment]
-)
+def parametrize_weight(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2.0 * weight
+
+
+CHANGES = [set_weight_in_place, set_weight_data, set_bias_in_place, load_state, load_state_by_assignment]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, parametrize_weight])
 def test_changed_tensors_count(group, change):
     first, second = group.layers[:2]
     x = torch.randn(1, first.in_features)
@@ -186,3 +198,48 @@ def test_offloaded_layers_are_left_alone(model, token_ids):
     model.optimize()
     assert not groups(model)
     torch.testing.assert_close(logits(model, token_ids[:1, :2]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_tensors_of_a_layer_alone_count(model, change):
+    layer = next(group.layers[0] for group in groups(model.optimize()).values() if len(group.layers) == 1)
+    x = torch.randn(1, layer.in_features)
+    out_of(layer, x)
+    change(layer)
+    torch.testing.assert_close(out_of(layer, x), plain(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_cut_in_place_is_not_read_beyond(group):
+    layer = group.layers[0]
+    x = torch.randn(1, layer.in_features)
+    out_of(layer, x)
+    layer.weight.data = layer.weight.data[:10]
+    with pytest.raises(RuntimeError, match="offsets and values disagree"):
+        out_of(layer, x.clone())
+
+
+def test_layers_of_a_group_can_part(group):
+    first, second = group.layers[:2]
+    x = torch.randn(1, first.in_features)
+    expected = out_of(first, x).clone()
+    second.to("meta")
+    torch.testing.assert_close(out_of(first, x.clone()), expected)
+
+
+def test_offloading_after_optimizing_keeps_nothing(model, token_ids, tmp_path):
+    expected = logits(model, token_ids[:1, :2])
+    references = [weakref.ref(parameter) for parameter in model.parameters()]
+    model.optimize()
+    logits(model, token_ids[:1, :2])
+    accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"), offload_buffers=True)
+    torch.testing.assert_close(logits(model, token_ids[:1, :2]), expected, rtol=1e-4, atol=1e-4)
+    gc.collect()
+    assert not any(reference() is not None and not reference().is_meta for reference in references)
+
+
+def test_products_keep_no_tensors(group):
+    layer = group.layers[0]
+    out_of(layer, torch.randn(1, layer.in_features))
+    reference = weakref.ref(layer.mask)
+    layer.mask = layer.mask.clone()
+    assert reference() is None

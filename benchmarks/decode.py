@@ -38,7 +38,8 @@ from rocket.forms.dictionary import sizes_for
 from rocket.kernels import bitmap, library, ops
 from rocket.models import target_layers
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
-from rocket.nn.layers import Precision, empty_layer
+from rocket.nn.fuse import SharedInput
+from rocket.nn.layers import Precision, SparseLinear, empty_layer
 
 LAYERS = ["576x1536", "1536x576", "2048x2048", "2048x8192", "8192x2048", "4096x14336"]
 RANK_SUPPORT_RATIO = 2.0
@@ -178,6 +179,9 @@ def layer_row(shape: str, dtype: torch.dtype, batch: int, kind: Kind, rounds: in
     count = max(2, -(-2 * cache_bytes() // size))  # copies enough to be out of the cache when their turn comes
     weights = [torch.randn(out_features, in_features).mul_(0.02).to(dtype) for _ in range(count)]
     layers = [layer, *(_copy(layer) for _ in range(count - 1))]
+    for copy in layers:
+        if isinstance(copy, SparseLinear):
+            SharedInput([copy])  # its product prepared, as in an optimized model
     packed = [torch.ops.mkldnn._reorder_linear_weight(weight, batch) for weight in weights]
     contenders: dict[str, Callable[[], object]] = {
         "ours": for_each(layers, lambda layer: layer(inputs)),

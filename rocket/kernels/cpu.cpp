@@ -61,14 +61,15 @@ namespace avx512 {
 }  // namespace avx512
 END_TARGET
 
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi2,popcnt")
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,f16c,bmi2,popcnt")
 namespace avx512_bf16 {
 #include "cpu_avx512_bf16.h"
 #include "cpu_kernels.h"
 }  // namespace avx512_bf16
 END_TARGET
 
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi2,popcnt")
+BEGIN_TARGET(
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c,bmi2,popcnt")
 namespace amx {
 #include "cpu_amx.h"
 }  // namespace amx
@@ -86,7 +87,8 @@ static bool available(int path) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool avx512_bf16 =
-        avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+        avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512bf16");
     if (path == AVX2) return avx2;
     if (path == AVX512) return avx512;
     if (path == AVX512_BF16) return avx512_bf16;
@@ -104,12 +106,15 @@ static Kernels kernels_of(int path, int type, bool int8, int64_t batch) {
     constexpr int64_t AMX_BATCH = 4;  // the tiles of fewer rows of x would be too empty
     if (int8 && path >= AVX512) {
         Kernels chosen = CHOOSE(avx512, int8_kernels);
+        if (path >= AVX512_BF16 && type == BF16)
+            return {sizeof(bf16), true,          false, chosen.max_tile, avx512_bf16::prepare_mixed,
+                    avx512_bf16::rows<avx512_bf16::mixed>, chosen.expand};
         if (path >= AVX512_BF16) chosen.rows = avx512_bf16::rows<int8_t>;
         return chosen;
     }
     if (int8 && path == AVX2) return CHOOSE(avx2, int8_kernels);
     if (path == AMX && type == BF16 && batch >= AMX_BATCH)
-        return {sizeof(bf16), false, amx::TILE, amx::prepare, amx::rows, nullptr};
+        return {sizeof(bf16), false, false, amx::TILE, amx::prepare, amx::rows, nullptr};
     if (path >= AVX512_BF16 && type == BF16) return avx512_bf16::kernels<bf16>();
     if (path >= AVX512) {
         Kernels chosen = CHOOSE(avx512, kernels);
@@ -159,7 +164,7 @@ struct Operands {
         : stride(words_of(cols) * 64),
           rows(tile_rows(batch, kernels.max_tile, kernels.by_rows)),
           bytes(stride * rows * kernels.operand_size),
-          as_is(kernels.by_rows && stride == cols && rows == batch && kernels.operand_size == item) {}
+          as_is(kernels.in_order && stride == cols && rows == batch && kernels.operand_size == item) {}
 };
 
 // The kernels load up to 64 packed values at once. The tensors have no padding, so the rows that end within 64 values of
@@ -349,7 +354,7 @@ EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, 
     const int64_t size = size_of(type), item = scale ? 1 : size;
     const Operands outer(kernels, batch, in, size), inner(kernels, batch, rank, size);
     // Whether the first product can write the second one's operands itself.
-    const bool direct = kernels.by_rows && kernels.operand_size == size;
+    const bool direct = kernels.in_order && kernels.operand_size == size;
     const Scratch outer_scratch(outer.as_is ? 0 : outer.bytes), inner_scratch(inner.bytes);
     const Scratch hidden(direct ? 0 : batch * rank * size);
     Product first{dictionary, dictionary_scale, type, nullptr, nullptr,       rank, in,

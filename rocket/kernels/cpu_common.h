@@ -129,6 +129,7 @@ static inline const T* row_values(const Product& p, int64_t row) {
 struct Kernels {
     int64_t operand_size;  // bytes of one entry of Product::x
     bool by_rows;          // operands are rows of x, one after the other
+    bool in_order;         // and their entries those of x
     int max_tile;          // rows of x multiplied at once
     // Writes `rows` rows of operands, `stride` entries each, from x [batch, x_stride]; zeros beyond x.
     void (*prepare)(const void* x, int64_t x_stride, int64_t batch, int64_t cols, void* operands, int64_t rows,

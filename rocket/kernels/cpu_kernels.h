@@ -6,8 +6,9 @@
 //   Vector, Sum              the weights, and partial sums
 //   load(p)                  `width` values; load_first(p, n): the first n, reading no more, then zeros
 //   expand(p, bits)          the next values at the set bits, zero elsewhere; may read 64 values
-//   Word, by_words           64 columns of a mask; or, by words, what products take instead of expand: spread(p, bits),
-//                            the values of 64 columns, of which part(word, i) is vector i
+//   Word, by_words           64 columns of a mask; or, by words, what products take instead of load and expand:
+//                            whole(p), whole_first(p, n) and spread(p, bits) are the values of 64 columns, of which
+//                            part(word, i) is vector i
 //   operand(p)               of x; multiply_add(sum, a, b), add(a, b), total(sum)
 //   store(p, vector), store_first(p, vector, n); for int8_t a Vector is `width` floats instead
 
@@ -31,6 +32,8 @@ static inline __attribute__((always_inline)) void block(const T** values, const 
         } else if (SPARSE) {
             word[r] = L::spread(values[r], bits);
             values[r] += __builtin_popcountll(bits);
+        } else {
+            word[r] = PARTIAL ? L::whole_first(values[r] + column, cols - column) : L::whole(values[r] + column);
         }
     }
 #pragma GCC unroll 8
@@ -38,7 +41,7 @@ static inline __attribute__((always_inline)) void block(const T** values, const 
         typename L::Vector weights[ROWS];
 #pragma GCC unroll 2
         for (int r = 0; r < ROWS; r++)
-            if constexpr (SPARSE && L::by_words) {
+            if constexpr (L::by_words) {
                 weights[r] = L::part(word[r], step);
             } else if constexpr (SPARSE) {
                 uint64_t bits = word[r] & low_bits(L::width);
@@ -191,9 +194,9 @@ static void prepare(const void* x, int64_t x_stride, int64_t batch, int64_t cols
 // For x of type T, and values of the same type or int8, which sets provide whose operands are floats.
 template <class T>
 static Kernels kernels() {
-    return {sizeof(typename Lanes<T>::Operand), true, MAX_TILE, prepare<T>, rows<T>, expand_rows<T>};
+    return {sizeof(typename Lanes<T>::Operand), true, true, MAX_TILE, prepare<T>, rows<T>, expand_rows<T>};
 }
 template <class T>
 static Kernels int8_kernels() {
-    return {sizeof(float), true, MAX_TILE, prepare<T>, rows<int8_t>, expand_rows<int8_t>};
+    return {sizeof(float), true, true, MAX_TILE, prepare<T>, rows<int8_t>, expand_rows<int8_t>};
 }

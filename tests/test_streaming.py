@@ -273,7 +273,7 @@ def test_only_the_files_of_the_index_count(write_config, monkeypatch):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RocketError, match="which is not in it"):
         unlike_model(config)
-    transposed = {name: tensor.T.contiguous() for name, tensor in tensors.items()}
+    transposed = {name: tensor.t().contiguous() for name, tensor in tensors.items()}
     (folder / "model.safetensors.index.json").unlink()
     save_file(transposed, folder / "model.safetensors")
     assert "k_proj" in unlike_model(config)

@@ -72,7 +72,13 @@ def rewrite(config: ModelConfig, directory: Path) -> None:
         as_loaded = {"save_original_format": False} if int(transformers.__version__.partition(".")[0]) >= 5 else {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-            model.save_pretrained(directory, max_shard_size=SHARD_BYTES, **as_loaded)
+            try:
+                model.save_pretrained(directory, max_shard_size=SHARD_BYTES, **as_loaded)
+            except KeyError as error:  # transformers 4 with a buffer of the model itself, as BART has
+                raise RocketError(
+                    f"transformers {transformers.__version__} cannot write {error} of a model whose blocks are on "
+                    "disk; use transformers 5"
+                ) from error
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -60,7 +60,7 @@ def exhaustive_costs(problem: LayerProblem, settings: ProfilingConfig) -> list[f
     for removed_ratio in settings.removed_ratios:
         costs = []
         for ratio in settings.rank_support_ratios:
-            rank, support = sizes_for(problem, removed_ratio, ratio)
+            rank, support = sizes_for(problem.out_features, problem.in_features, removed_ratio, ratio)
             if 0 < support <= rank <= problem.max_rank:
                 dictionary, coefficients, _ = factorize(problem, rank, support, exponent=settings.importance_exponent)
                 costs.append(problem.evaluate(coefficients @ dictionary))

@@ -33,7 +33,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rocket
 from benchmarks.harness import write_results
-from rocket.factorization.problem import LayerProblem
 from rocket.forms.dictionary import sizes_for
 from rocket.kernels import bitmap, library, ops
 from rocket.models import target_layers
@@ -87,7 +86,7 @@ class Kind(NamedTuple):
     """What layers are timed: a form, the share of the parameters that it removes, and the precision of its values."""
 
     form: str
-    removed: float
+    removed_ratio: float
     precision: Precision = "float"
 
 
@@ -106,8 +105,7 @@ def random_layer(
     columns, rank = in_features, 0
     nnz = int((1 - removed) * out_features * in_features)
     if form == "dictionary":
-        problem = LayerProblem(torch.zeros(out_features, in_features), torch.zeros(in_features, in_features))
-        rank, support = sizes_for(problem, removed, RANK_SUPPORT_RATIO)
+        rank, support = sizes_for(out_features, in_features, removed, RANK_SUPPORT_RATIO)
         columns, nnz = rank, support * out_features
     spec = LayerSpec(form, in_features, out_features, rank, 0 if form == "dense" else nnz, input_group, precision)
     with torch.device("meta"):
@@ -201,17 +199,13 @@ def layer_row(shape: str, dtype: torch.dtype, batch: int, kind: Kind, rounds: in
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
-        **columns_of(kind),
+        **kind._asdict(),
         "microseconds": 1e6 * seconds["ours"],
         "relative_spread": (max(found["ours"]) - min(found["ours"])) / statistics.median(found["ours"]),
         **{f"over {name}": seconds[name] / seconds["ours"] for name in seconds if name != "ours"},
         "limit over our dense": dense_bytes / size,
         "stream_share": size / seconds["ours"] / bandwidth,
     }
-
-
-def columns_of(kind: Kind) -> dict[str, Any]:
-    return {"form": kind.form, "removed_ratio": kind.removed, "precision": kind.precision}
 
 
 def _copy(layer: CompressedLinear) -> CompressedLinear:
@@ -286,7 +280,7 @@ def model_rows(name: str, dtype: torch.dtype, args: argparse.Namespace) -> list[
                     "dtype": str(dtype).removeprefix("torch."),
                     "work": work,
                     "batch": batch,
-                    **columns_of(kind),
+                    **kind._asdict(),
                     "tokens_per_second": tokens / median["compressed"],
                     "original_tokens_per_second": tokens / median["original"],
                     "trivial_tokens_per_second": None if trivial is None else tokens / trivial,
@@ -343,7 +337,7 @@ def memory_row(name: str, dtype: torch.dtype, kind: Kind, prompt: int) -> dict[s
         "kind": "memory",
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
-        **columns_of(kind),
+        **kind._asdict(),
         "prompt": prompt,
         "stored_mb": stored / 1e6,
         "resident_ratio": found["resident"] / stored,
@@ -387,9 +381,10 @@ def main() -> None:
         for name in args.models:
             rows += model_rows(name, dtype, args)
             if args.memory:
-                for kind in (kind for kind in kinds(args) if kind.removed in (0.0, args.removed[-1])):
-                    rows.append(memory_row(name, dtype, kind, args.prompt))
-                    print(rows[-1], flush=True)
+                for kind in kinds(args):
+                    if kind.removed_ratio in (0.0, args.removed[-1]):
+                        rows.append(memory_row(name, dtype, kind, args.prompt))
+                        print(rows[-1], flush=True)
         write_results(args.output, rows)
 
 

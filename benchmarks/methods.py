@@ -288,7 +288,7 @@ def learned_dictionary(bench: Bench, removed_ratio: float) -> Compressed:
 
 def cospadi_layer(problem: LayerProblem, removed_ratio: float, iterations: int) -> tuple[Tensor, int, int]:
     """A layer's weight [out, in] by CoSpaDi, the number of its atoms and of its coefficients an output."""
-    rank, support = sizes_for(problem, removed_ratio, RANK_SUPPORT_RATIO)
+    rank, support = sizes_for(problem.out_features, problem.in_features, removed_ratio, RANK_SUPPORT_RATIO)
     rank = min(rank, problem.max_rank)
     support = min(support, rank)
     atoms, coefficients = cospadi.factorize(problem.target, rank, support, iterations)

@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from rocket.config import Config, RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.models import (
     LinearLayer,
     block_of,
-    empty_model,
     features_of,
     find_blocks,
     resolve_device,
     stacked_experts,
     target_layers,
 )
-from rocket.models.load import locate
+from rocket.models.load import locate, open_empty
 from rocket.usage import process_bytes
 
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
@@ -114,12 +112,7 @@ def estimate_memory(config: Config) -> Memory | None:
     if location.file is not None or location.embedded is not None:
         return None
     try:
-        architecture = AutoConfig.from_pretrained(
-            location.source, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-        model = empty_model(
-            architecture, getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code
-        )
+        model = open_empty(config.model)
         layers = target_layers(model, config.model.targets, config.model.ignore)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError):
         return None  # loading it will say what is wrong

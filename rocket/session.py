@@ -39,6 +39,8 @@ from rocket.run import RunDirectory, fingerprint
 from rocket.usage import Usage, measure
 
 REWRITTEN = "original"
+TRANSFORMERS = transformers.__version__.partition(".")[0]
+"""What layers and weights of some families are called depends on it."""
 
 Item = TypeVar("Item")
 
@@ -104,8 +106,7 @@ class Session:
         if tensor is None:
             return None
         loading = self.config.model.model_dump(include={"path", "revision", "dtype", "trust_remote_code"})
-        names = transformers.__version__.partition(".")[0]
-        made_of = fingerprint(model=self.model_identity, names=names, loading=loading)
+        made_of = fingerprint(model=self.model_identity, names=TRANSFORMERS, loading=loading)
         if self.leads and not self.run.has_directory(REWRITTEN, made_of):
             if self.shard:
                 raise RocketError(
@@ -186,7 +187,7 @@ class Session:
     def calibration_fingerprint(self) -> str:
         return fingerprint(
             model=self.model_identity,
-            names=transformers.__version__.partition(".")[0],  # which layers of some families are called by
+            names=TRANSFORMERS,
             loading=self.config.model.model_dump(exclude={"device"}),
             calib=self.config.calib.model_dump(exclude={"batch_size"}),
             source=source_stamp(self.config.calib.source),

@@ -14,7 +14,7 @@ from torch import Tensor
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.dictionary import factorize, importance, projection_cost, projection_error, threshold
 from rocket.factorization.problem import LayerProblem
-from rocket.forms.base import Option, as_state, keep_ratio_budget, padded_bits
+from rocket.forms.base import Option, as_state, keep_share, padded_bits
 from rocket.kernels import bitmap
 
 name = "dictionary"
@@ -38,7 +38,10 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     found = []
     start: int | None = None
     for removed_ratio in settings.removed_ratios:
-        sizes = [sizes_for(problem, removed_ratio, ratio) for ratio in settings.rank_support_ratios]
+        sizes = [
+            sizes_for(problem.out_features, problem.in_features, removed_ratio, ratio)
+            for ratio in settings.rank_support_ratios
+        ]
         valid = [0 < support <= rank <= problem.max_rank for rank, support in sizes]
         if not any(valid):
             continue
@@ -76,10 +79,9 @@ def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> d
     return {**as_state(dictionary=dictionary, weight=values), "mask": packed}
 
 
-def sizes_for(problem: LayerProblem, removed_ratio: float, rank_support_ratio: float) -> tuple[int, int]:
+def sizes_for(out_features: int, in_features: int, removed_ratio: float, rank_support_ratio: float) -> tuple[int, int]:
     """(k, s) from k·in + s·out = (1 - r)·in·out and k = ρs, both rounded down."""
-    budget = keep_ratio_budget(problem, removed_ratio)
-    support = budget / (rank_support_ratio * problem.in_features + problem.out_features)
+    support = keep_share(removed_ratio, out_features * in_features) / (rank_support_ratio * in_features + out_features)
     return int(rank_support_ratio * support), int(support)
 
 

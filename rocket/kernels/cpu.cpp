@@ -106,10 +106,14 @@ static Kernels kernels_of(int path, int type, bool int8, int64_t batch) {
     constexpr int64_t AMX_BATCH = 4;  // the tiles of fewer rows of x would be too empty
     if (int8 && path >= AVX512) {
         Kernels chosen = CHOOSE(avx512, int8_kernels);
-        if (path >= AVX512_BF16 && type == BF16)
-            return {sizeof(bf16), true,          false, chosen.max_tile, avx512_bf16::prepare_mixed,
-                    avx512_bf16::rows<avx512_bf16::mixed>, chosen.expand};
-        if (path >= AVX512_BF16) chosen.rows = avx512_bf16::rows<int8_t>;
+        if (path >= AVX512_BF16 && type == BF16) {
+            chosen.operand_size = sizeof(bf16);
+            chosen.in_order = false;
+            chosen.prepare = avx512_bf16::prepare_mixed;
+            chosen.rows = avx512_bf16::rows<avx512_bf16::mixed>;
+        } else if (path >= AVX512_BF16) {
+            chosen.rows = avx512_bf16::rows<int8_t>;
+        }
         return chosen;
     }
     if (int8 && path == AVX2) return CHOOSE(avx2, int8_kernels);

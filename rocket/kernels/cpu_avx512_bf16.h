@@ -79,29 +79,17 @@ static constexpr Bytes<8> HIGH;
 static constexpr Bytes<0> LOW;
 
 template <>
-struct Lanes<mixed> {
-    using Operand = bf16;
-    using Vector = __m512i;
-    using Sum = __m512;
-    static constexpr int width = 32;
+struct Lanes<mixed> : Lanes<bf16> {
     static constexpr bool by_words = true;
     struct Word {
         __m512i parts[2];
     };
-
-    static Sum zero() { return _mm512_setzero_ps(); }
-    static Word whole(const mixed* p) { return widened(_mm512_loadu_si512(p)); }
+    static Word whole(const mixed* p) { return widened(Lanes<int8_t>::whole(&p->value)); }
     static Word whole_first(const mixed* p, int64_t count) {
-        return widened(_mm512_maskz_loadu_epi8(count >= 64 ? ~__mmask64(0) : __mmask64(low_bits(int(count))), p));
+        return widened(Lanes<int8_t>::whole_first(&p->value, count));
     }
-    static Word spread(const mixed* p, uint64_t bits) {
-        return widened(Lanes<int8_t>::spread(reinterpret_cast<const int8_t*>(p), bits));
-    }
+    static Word spread(const mixed* p, uint64_t bits) { return widened(Lanes<int8_t>::spread(&p->value, bits)); }
     static Vector part(const Word& word, int step) { return word.parts[step]; }
-    static Vector operand(const bf16* p) { return _mm512_loadu_si512(p); }
-    static Sum multiply_add(Sum sum, Vector a, Vector b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-    static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
-    static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
 private:
     static Word widened(__m512i bytes) {

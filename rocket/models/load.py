@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
-from rocket.models.auto import open_model, open_processor
+from rocket.models.auto import empty_model, open_model, open_processor
 from rocket.models.embedded import EmbeddedModel, find_embedded
 from rocket.models.residence import stream, unmapped
-from rocket.models.stored import check_config_file, check_places
+from rocket.models.stored import INDEX, check_config_file, indexed_files
 from rocket.models.structure import find_blocks
 
 SAMPLED_BYTES = 1 << 20
@@ -58,7 +57,8 @@ def load_model(
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
         if location.file is not None:
             options["gguf_file"] = location.file
-        model, processor = _open(config.path, location.source, dtype, options, compressed=False, rewritten=rewritten)
+        model = open_weights(config.path, str(rewritten or location.source), dtype=dtype, **options)
+        processor = _open_processor(config.path, location.source, model, options)
     return _settle(config, model, streams, states), processor
 
 
@@ -67,7 +67,8 @@ def open_checkpoint(
 ) -> tuple[PreTrainedModel, Any]:
     """A compressed checkpoint as any user opens it, on the device and in the type of the config."""
     dtype, options = getattr(torch, config.dtype), {"trust_remote_code": config.trust_remote_code}
-    model, processor = _open(str(path), str(path), dtype, options, compressed=True)
+    model = open_weights(str(path), str(path), dtype=dtype, compressed=True, **options)
+    processor = _open_processor(str(path), str(path), model, options)
     return _settle(config, model, streams, states), processor
 
 
@@ -88,17 +89,18 @@ def _cannot_stream(config: ModelConfig, tensor: str) -> str:
     )
 
 
-def _open(
-    name: str,
-    source: str,
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    compressed: bool,
-    rewritten: Path | None = None,
-) -> tuple[PreTrainedModel, Any]:
-    model = open_weights(name, str(rewritten or source), dtype=dtype, compressed=compressed, **options)
+def open_empty(config: ModelConfig) -> Any:
+    """The model that a config's path would give, without weights, on the device ``meta``."""
+    source = locate(config.path).source
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    check_config_file(cached_file(source, "config.json", revision=config.revision))
+    architecture = AutoConfig.from_pretrained(source, **options)
+    return empty_model(architecture, getattr(torch, config.dtype), config.trust_remote_code)
+
+
+def _open_processor(name: str, source: str, model: PreTrainedModel, options: dict[str, Any]) -> Any:
     try:
-        return model, open_processor(source, model, **options)
+        return open_processor(source, model, **options)
     except Exception as error:
         raise RocketError(
             f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
@@ -131,10 +133,9 @@ def open_weights(name: str, source: str, *, compressed: bool = False, **options:
 
 def _open_whole(source: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model of a checkpoint. Raises RocketError if it lacks tensors of blocks, which transformers would make up."""
-    index = Path(source, "model.safetensors.index.json")
+    index = Path(source, INDEX)
     if index.is_file():
-        shards = json.loads(index.read_bytes())["weight_map"].values()
-        check_places(source, {index.parent / str(shard) for shard in shards})
+        indexed_files(index)
     model, found = open_model(source, config, output_loading_info=True, **options)
     blocks = tuple(f"{name}." for name in find_blocks(model))
     lacking = sorted(name for name in found["missing_keys"] if name.startswith(blocks))

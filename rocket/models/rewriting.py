@@ -6,30 +6,25 @@ where transformers stacks experts while loading. transformers itself converts, a
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from rocket.config.errors import RocketError, first_line
 from rocket.config.schema import ModelConfig
-from rocket.models.auto import empty_model
-from rocket.models.load import locate, open_weights
+from rocket.models.load import locate, open_empty, open_weights
 from rocket.models.residence import SMALL, releasing_files
-from rocket.models.stored import check_config_file, check_places, read_headers
+from rocket.models.stored import INDEX, indexed_files, read_headers
 from rocket.models.structure import find_blocks
 
 STORED_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 500_000_000
 
@@ -39,11 +34,10 @@ def unlike_model(config: ModelConfig) -> str | None:
 
     By the headers of the files alone; those of a model on the hub are downloaded.
     """
-    source = locate(config.path).source
     wanted = STORED_TYPES[config.dtype]
-    stored = read_headers(_weight_files(config, source)).items()
+    stored = read_headers(_weight_files(config)).items()
     mappable = {(_below_list(key), tensor.shape) for key, tensor in stored if tensor.dtype == wanted}
-    for block, module in find_blocks(_empty(config, source)).items():
+    for block, module in find_blocks(open_empty(config)).items():
         for name, tensor in module.named_parameters(prefix=block):
             if tensor.numel() >= SMALL and (_below_list(name), tuple(tensor.shape)) not in mappable:
                 return name
@@ -57,7 +51,7 @@ def rewrite(config: ModelConfig, directory: Path) -> None:
     twice. Disk, until it is done: the converted tensors once more, beside ``directory``.
     """
     source = locate(config.path).source
-    places = dict(_places(_empty(config, source)))
+    places = dict(_places(open_empty(config)))
     folder = tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.", suffix=".tmp")
     with releasing_files(), folder as converted:
         model = open_weights(
@@ -97,8 +91,9 @@ def _places(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield whole, "disk" if whole in blocks else "cpu"
 
 
-def _weight_files(config: ModelConfig, source: str) -> list[Path]:
+def _weight_files(config: ModelConfig) -> list[Path]:
     """The files that hold the model, there on disk; none where it comes in other files than safetensors."""
+    source = locate(config.path).source
 
     def find(name: str) -> Path | None:
         missing = {"_raise_exceptions_for_missing_entries": False}
@@ -109,23 +104,14 @@ def _weight_files(config: ModelConfig, source: str) -> list[Path]:
         index = find(INDEX)
         if index is None:
             return [file for file in [find(SINGLE)] if file is not None]
-        shards = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        directory = Path(source)
-        if not directory.is_dir():
-            directory = Path(snapshot_download(source, revision=config.revision, allow_patterns=shards))
+        files = indexed_files(index)
+        if Path(source).is_dir():
+            return files
+        names = [str(file.relative_to(index.parent)) for file in files]
+        directory = Path(snapshot_download(source, revision=config.revision, allow_patterns=names))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise RocketError(f"the weights of model.path={config.path!r} cannot be found: {first_line(error)}") from error
-    files = [directory / name for name in shards]
-    check_places(directory, files)
-    return files
-
-
-def _empty(config: ModelConfig, source: str) -> nn.Module:
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    check_config_file(cached_file(source, "config.json", revision=config.revision))
-    architecture = AutoConfig.from_pretrained(source, **options)
-    model: nn.Module = empty_model(architecture, getattr(torch, config.dtype), config.trust_remote_code)
-    return model
+    return [directory / name for name in names]
 
 
 def _below_list(name: str) -> str:

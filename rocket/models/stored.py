@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from rocket.config.errors import RocketError, first_line
 
+INDEX = "model.safetensors.index.json"
+
 MAX_COUNTS = {r"(layers?|blocks?|depths?|stages?)$": 2048, r"experts$": 1 << 14, r"labels$": 1 << 17}
 """How many a config.json may ask for, by the ending of the key: transformers makes a module or an entry for each."""
 
@@ -66,6 +68,13 @@ def check_places(source: str | os.PathLike[str], files: Iterable[str | Path]) ->
         inside = ".." not in Path(file).parts if root is None else os.path.normpath(file).startswith(root + os.sep)
         if not inside or len(Path(file).name) > MAX_NAME:
             raise RocketError(f"the index of {source} names {str(file)[:200]}, which is not in it")
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that a checkpoint's index names. Raises RocketError if one is not in the index's own directory."""
+    files = sorted({index.parent / str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    check_places(index.parent, files)
+    return files
 
 
 def check_config_file(file: str | Path) -> None:

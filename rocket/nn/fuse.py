@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocket.kernels import cpu, ops
+from rocket.kernels import cpu, operands, ops
 from rocket.nn.layers import SparseLinear
 
 
@@ -63,7 +63,7 @@ class SharedInput:
 
     def _multiply(self, inputs: Tensor) -> Sequence[Tensor] | None:
         """All outputs; None if there are too many rows of input, or a layer that cannot take part in the product."""
-        if inputs.shape[:-1].numel() > cpu.MAX_KERNEL_BATCH:
+        if operands.rows_of(inputs) > cpu.MAX_KERNEL_BATCH:
             return None
         tensors: list[Any] = [store.get(name) for store, name in self._slots]
         if ops.direct(inputs):
@@ -76,7 +76,7 @@ class SharedInput:
         if any(tensor is None for tensor in (*values, *offsets)):
             return None
         for value, scale in zip(values, scales, strict=True):
-            if (value if scale is None else scale).dtype != inputs.dtype or value.device != inputs.device:
+            if operands.value_type(value, scale) != inputs.dtype or value.device != inputs.device:
                 return None
         return ops.sparse_linears(inputs, values, masks, offsets, self._columns, biases, scales)
 

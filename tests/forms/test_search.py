@@ -34,7 +34,7 @@ def exhaustive(problem, settings: ProfilingConfig) -> dict[float, float]:
     for removed_ratio in settings.removed_ratios:
         costs = []
         for ratio in settings.rank_support_ratios:
-            rank, support = sizes_for(problem, removed_ratio, ratio)
+            rank, support = sizes_for(problem.out_features, problem.in_features, removed_ratio, ratio)
             if 0 < support <= rank <= problem.max_rank:
                 costs.append(tempered_cost(problem, rank, support, settings))
         if costs:

@@ -93,8 +93,8 @@ def open_empty(config: ModelConfig) -> Any:
     """The model that a config's path would give, without weights, on the device ``meta``."""
     source = locate(config.path).source
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    architecture = AutoConfig.from_pretrained(source, **options)  # first, as it says what is wrong where there is none
     check_config_file(cached_file(source, "config.json", revision=config.revision))
-    architecture = AutoConfig.from_pretrained(source, **options)
     return empty_model(architecture, getattr(torch, config.dtype), config.trust_remote_code)
 
 

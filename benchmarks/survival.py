@@ -4,7 +4,8 @@ A tiny random Llama goes through the whole pipeline, from calibration to evaluat
 in a new directory, the same command is killed by SIGKILL after a time drawn evenly from the undisturbed run's duration,
 and started again to the end. Its plan and every tensor of its checkpoint are compared with the undisturbed run's, bit
 for bit. The stage in work is the first that the killed run's log lacks. Calibration leaves a waypoint at every block,
-not one a minute, which so short a run would not see.
+not one a minute, which so short a run would not see. Every second run is streamed, in bfloat16 from a checkpoint in
+float32, so that it is written again first.
 
 Each run is a process of its own, forked from one that has imported rocket and opened no run: a fresh interpreter would
 spend most of its life in imports, where a kill is without danger.
@@ -23,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +35,16 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import tiny
 from benchmarks.harness import write_results
 from rocket.calib import waypoints
+from rocket.models import residence, rewriting
 from rocket.scripts.main import main as rocket_command
+from rocket.session import Session
 
+MODELS = {"in memory": False, "streamed": True}
 FINISHED = "finished"
 PATIENCE = 600.0
 
 
-def start(config: Path, output: Path) -> int:
+def start(config: Path, output: Path, streams: bool = False) -> int:
     """Start `rocket run` on a config in a new process; its number."""
     sys.stdout.flush()
     transformers_logging.disable_progress_bar()  # its lock is shared: one that is killed would keep it
@@ -48,11 +53,17 @@ def start(config: Path, output: Path) -> int:
         return process
     code = 1
     waypoints.SECONDS = 0.0
+    changes = {"output_dir": str(output)}
+    if streams:
+        Session.streams = True  # type: ignore[assignment,method-assign]
+        residence.SMALL = rewriting.SMALL = 1
+        changes["model.dtype"] = "bfloat16"
     try:
         log = os.open(f"{output}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        rocket_command(["run", "--config", str(config), "--set", f"output_dir={output}"])
+        settings = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+        rocket_command(["run", "--config", str(config), *settings])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:
@@ -112,12 +123,45 @@ def _same(first: Path, second: Path) -> bool:
 
 @dataclass
 class Row:
-    """What came of the kills in one stage."""
+    """What came of the kills in one stage, of runs with the model in memory or streamed."""
 
+    model: str
     stage: str
     kills: int = 0
     resumed: int = 0
     bit_equal: int = 0
+
+
+def survive(config: Path, home: Path, model: str, streams: bool, kills: int, moments: random.Random) -> Iterable[Row]:
+    """Run once undisturbed, and ``kills`` times killed and started again; a row a stage."""
+    home.mkdir()
+    undisturbed = home / "undisturbed"
+    wait(start(config, home / "warm-up", streams))
+    began = time.perf_counter()
+    if wait(start(config, undisturbed, streams)):
+        raise SystemExit(Path(f"{undisturbed}.txt").read_text())
+    duration = time.perf_counter() - began
+    order = stages(undisturbed)
+    print(f"undisturbed: {duration:.1f} s; {', '.join(order)}", flush=True)
+    rows = {stage: Row(model, stage) for stage in (*order, FINISHED)}
+    for number in range(kills):
+        output = home / f"run-{number}"
+        moment = moments.uniform(0.0, duration)
+        process = start(config, output, streams)
+        time.sleep(moment)
+        kill(process)
+        done = stages(output)
+        stage = next((stage for stage in order if stage not in done), FINISHED)
+        resumed = wait(start(config, output, streams)) == 0
+        differing = differences(undisturbed, output) if resumed else []
+        rows[stage].kills += 1
+        rows[stage].resumed += resumed
+        rows[stage].bit_equal += resumed and not differing
+        if not resumed or differing:
+            print(f"kill {number} after {moment:.2f} s, in {stage}: {differing}", flush=True)
+            print(Path(f"{output}.txt").read_text(), flush=True)
+        shutil.rmtree(output)
+    return rows.values()
 
 
 def main() -> None:
@@ -131,35 +175,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         config = tiny.write_run(home, layers=arguments.layers, hidden=32)
-        undisturbed = home / "undisturbed"
-        wait(start(config, home / "warm-up"))
-        began = time.perf_counter()
-        if wait(start(config, undisturbed)):
-            raise SystemExit(Path(f"{undisturbed}.txt").read_text())
-        duration = time.perf_counter() - began
-        order = stages(undisturbed)
-        print(f"undisturbed: {duration:.1f} s; {', '.join(order)}", flush=True)
-
-        rows = {stage: Row(stage) for stage in (*order, FINISHED)}
-        for number in range(arguments.kills):
-            output = home / f"run-{number}"
-            moment = moments.uniform(0.0, duration)
-            process = start(config, output)
-            time.sleep(moment)
-            kill(process)
-            done = stages(output)
-            stage = next((stage for stage in order if stage not in done), FINISHED)
-            resumed = wait(start(config, output)) == 0
-            differing = differences(undisturbed, output) if resumed else []
-            rows[stage].kills += 1
-            rows[stage].resumed += resumed
-            rows[stage].bit_equal += resumed and not differing
-            if not resumed or differing:
-                print(f"kill {number} after {moment:.2f} s, in {stage}: {differing}", flush=True)
-                print(Path(f"{output}.txt").read_text(), flush=True)
-            shutil.rmtree(output)
-    write_results("survival", [vars(row) for row in rows.values() if row.kills])
-    if any(row.bit_equal < row.kills for row in rows.values()):
+        rows: list[Row] = []
+        for model, streams in MODELS.items():
+            print(f"{model}:", flush=True)
+            rows += survive(config, home / model.replace(" ", "-"), model, streams, arguments.kills // 2, moments)
+    write_results("survival", [vars(row) for row in rows if row.kills])
+    if any(row.bit_equal < row.kills for row in rows):
         raise SystemExit(1)
 
 

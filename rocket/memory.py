@@ -23,6 +23,7 @@ from rocket.models import (
     target_layers,
 )
 from rocket.models.load import locate, open_empty
+from rocket.models.rewriting import SHARD_BYTES
 from rocket.usage import process_bytes
 
 # What the largest step of a form holds of in x in and of in x out numbers, in units of float32, where a layer has fewer
@@ -60,9 +61,13 @@ class Need:
 
 @dataclass(frozen=True)
 class Memory:
-    """The estimate. ``available`` is the budget, or what the machine has free; ``device`` what its accelerator has."""
+    """The estimate. ``available`` is the budget, or what the machine has free; ``device`` what its accelerator has.
+
+    ``rewriting`` is what it takes to write the ``weights`` again, should their files not hold them as the model does.
+    """
 
     needs: Mapping[str, Need]
+    rewriting: float
     weights: int
     available: int
     budgeted: bool
@@ -89,10 +94,17 @@ class Memory:
         """Raise RocketError if the run would not keep to ``memory_budget`` even so."""
         used = self.used()
         stage = max(used, key=lambda stage: used[stage])
-        if self.budgeted and used[stage] > self.available:
+        self._check(stage, used[stage], "allow more, lower calib.batch_size or calib.seq_len, or leave out a form")
+
+    def check_rewriting(self) -> None:
+        """Raise RocketError if writing the weights again would not keep to ``memory_budget``."""
+        self._check("rewrite model", self.rewriting, "allow more, or set model.dtype to the type of its files")
+
+    def _check(self, stage: str, needed: float, remedy: str) -> None:
+        if self.budgeted and needed > self.available:
             raise RocketError(
-                f"memory_budget={self.available / UNITS:.3g}GB: {stage!r} needs about {used[stage] / UNITS:.1f} GB "
-                "with the model streamed; allow more, lower calib.batch_size or calib.seq_len, or leave out a form"
+                f"memory_budget={self.available / UNITS:.3g}GB: {stage!r} needs about {needed / UNITS:.1f} GB "
+                f"with the model streamed; {remedy}"
             )
 
     def __str__(self) -> str:
@@ -120,6 +132,7 @@ def estimate_memory(config: Config) -> Memory | None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return Memory(
         _needs(config, model, layers),
+        _rewriting_bytes(model),
         _bytes(model),
         config.memory_budget or _free_memory(),
         config.memory_budget is not None,
@@ -137,7 +150,7 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     inside = {id(tensor) for block in blocks.values() for tensor in block.parameters()}
     outside = max((_size(tensor) for tensor in model.parameters() if id(tensor) not in inside), default=0)
     weights, block = _bytes(model), max(_bytes(part) for part in blocks.values())
-    base = process_bytes("VmRSS") or UNTOLD_BYTES
+    base = _base_bytes()
     grouped: dict[str, list[tuple[int, int]]] = {}
     for name, layer in layers.items():
         grouped.setdefault(block_of(name, list(blocks)), []).append(features_of(layer))
@@ -174,6 +187,16 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
         states = 2 * tokens * hidden
         needs["evaluate"] = Need(base + weights + batch, base + states + batch + max(block, outside), states)
     return needs
+
+
+def _rewriting_bytes(model: nn.Module) -> float:
+    """What is outside of the blocks, a shard, and the largest tensor of a block twice (`models.rewrite`)."""
+    inside = [_size(tensor) for block in find_blocks(model).values() for tensor in block.parameters()]
+    return _base_bytes() + _bytes(model) - sum(inside) + SHARD_BYTES + 2 * max(inside)
+
+
+def _base_bytes() -> int:
+    return process_bytes("VmRSS") or UNTOLD_BYTES
 
 
 def _gram_bytes(features: Sequence[int]) -> float:

@@ -114,6 +114,8 @@ class Session:
                     "at once: run `rocket gather` first, with the same memory_budget"
                 )
             logger.info("%s is not stored as the model has it: the weights are written again", tensor)
+            if self.memory is not None:
+                self.memory.check_rewriting()
             with self.stage("rewrite model"), self.run.new_directory(REWRITTEN, made_of) as directory:
                 rewrite(self.config.model, directory)
         self.wait()

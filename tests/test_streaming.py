@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from rocket.calib import measure_sensitivities, sensitivity
+from rocket.calib import Waypoints, measure_sensitivities, sensitivity, waypoints
 from rocket.config import RocketError, load_config
 from rocket.config.schema import ModelConfig
 from rocket.memory import estimate_memory
@@ -27,7 +28,9 @@ from rocket.models import (
     unlike_model,
 )
 from rocket.models.residence import Spilled, spill, unmapped
+from rocket.models.rewriting import SHARD_BYTES
 from rocket.pipeline import run_pipeline
+from rocket.run import RunDirectory
 from rocket.session import Session
 
 
@@ -174,6 +177,24 @@ def test_the_budget_decides(write_config):
         estimate_memory(load_config(path, ["memory_budget=100MB"])).check()
 
 
+def test_writing_weights_again_keeps_to_the_budget(write_config, monkeypatch):
+    memory = estimate_memory(load_config(write_config("run", "qwen3_moe")))
+    assert memory.rewriting > SHARD_BYTES
+    kept = replace(memory, available=int(memory.rewriting) + 1, budgeted=True)
+    kept.check_rewriting()
+    with pytest.raises(RocketError, match=r"memory_budget=.*GB: 'rewrite model' needs about .* set model.dtype"):
+        replace(kept, available=int(memory.rewriting) - 1).check_rewriting()
+    monkeypatch.setattr("rocket.models.rewriting.SMALL", 1)
+    monkeypatch.setattr(Session, "streams", True)
+    monkeypatch.setattr(Session, "memory", replace(memory, available=SHARD_BYTES, budgeted=True))
+    with (
+        Session(load_config(write_config("other", dtype="bfloat16"))) as session,
+        pytest.raises(RocketError, match="'rewrite"),
+    ):
+        session.model  # noqa: B018
+    assert not (session.run.path / "original").exists()
+
+
 def test_the_estimate_is_said_before_anything_is_read(write_config, caplog):
     caplog.set_level("INFO", logger="rocket")
     path = write_config("run")
@@ -187,7 +208,7 @@ def test_the_estimate_is_said_before_anything_is_read(write_config, caplog):
 
 def test_sensitivities_leave_hidden_states_on_disk(write_config, tmp_path, monkeypatch, token_ids):
     model, _ = load_model(load_config(write_config("run")).model, streams=True, states=tmp_path / "states")
-    waiting = []
+    waiting, groups = [], [1, 2, 1]
     made, run_back = Spilled.__init__, sensitivity._Chain.run_back
 
     def keep(self, *arguments):
@@ -196,7 +217,7 @@ def test_sensitivities_leave_hidden_states_on_disk(write_config, tmp_path, monke
 
     def look(self):
         held = [spilled() for spilled in waiting if spilled() is not None]
-        assert len(held) == 8  # two blocks, four batches
+        assert len(held) == 2 * groups.pop(0)  # two blocks
         assert all(spilled._storage.nbytes() == 0 for spilled in held)
         run_back(self)
 
@@ -210,6 +231,30 @@ def test_sensitivities_leave_hidden_states_on_disk(write_config, tmp_path, monke
         in_memory, target_layers(in_memory), [{"input_ids": i} for i in token_ids[:8].split(2)]
     )
     assert all(torch.equal(streamed[name], values) for name, values in expected.items())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_killed_sensitivities_of_a_streamed_model_go_on(write_config, tmp_path, monkeypatch, token_ids, seconds):
+    monkeypatch.setattr(waypoints, "SECONDS", 0.0)
+    monkeypatch.setattr(sensitivity, "GROUP_SECONDS", seconds)
+    model, _ = load_model(load_config(write_config("run")).model, streams=True)
+    layers, batches = target_layers(model), [{"input_ids": ids} for ids in token_ids[:14].split(2)]
+    expected = measure_sensitivities(model, layers, batches)
+    score, scored = sensitivity._score, []
+
+    def die_in_the_fifth(model, batch, seed):
+        scored.append(seed)
+        if scored == [0, 1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return score(model, batch, seed)
+
+    monkeypatch.setattr(sensitivity, "_score", die_in_the_fifth)
+    with RunDirectory(tmp_path / "run", {}) as directory:
+        with pytest.raises(KeyboardInterrupt):
+            measure_sensitivities(model, layers, batches, waypoints=Waypoints(directory, "bits"))
+        found = measure_sensitivities(model, layers, batches, waypoints=Waypoints(directory, "bits"))
+    assert scored[5:8] == [3, 4, 5]  # behind the groups of one batch and of two
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 def test_experts_count_in_the_estimate(write_config, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 EXPERT_TOKENS = 64
 
+GROUP_SECONDS = 60.0
+"""What a group of batches may take without a thought, while the weights that it reads are not kept."""
+WORTH_READING = 0.75
+"""What a larger group must bring a batch's time down to if it takes longer."""
+
 
 def measure_sensitivities(
     model: nn.Module,
@@ -39,7 +45,7 @@ def measure_sensitivities(
     ``batches`` are keyword arguments of the model's forward; the objective and the number of its terms are those of
     `objective`, for a language model the loss and the tokens that it is summed over. Only gradients of activations are
     computed and blocks are recomputed, so memory is one block's activations plus one hidden state a block; of one
-    batch, or of all where the weights of a block are only in memory for a while and all batches pass it in step.
+    batch, or of a group of them that pass in step where weights of a block are only in memory for a while (`_groups`).
 
     Together with the Gram matrices, ½ Σ_j φ_j E[(δ_j x)²] predicts the increase of the loss per term when row j of a
     weight changes by δ_j: the second-order term of the loss with the empirical Fisher information (the labels are the
@@ -48,8 +54,8 @@ def measure_sensitivities(
     is right for layers that see more positions than there are labels (the encoder of an encoder-decoder) or fewer
     (an expert).
 
-    Each of several processes (`ranks`) takes its share of the batches; all return the same. Where batches pass one by
-    one, a pass that was killed goes on from the last of its ``waypoints``, to the same bits.
+    Each of several processes (`ranks`) takes its share of the batches; all return the same. A pass that was killed goes
+    on from the last of its ``waypoints``, to the same bits.
 
     An expert that gradients reached at fewer than `EXPERT_TOKENS` tokens, where a mean of squares is known to about
     √(2/64) = 18 %, is filled up to so many by the mean of its siblings; how many tokens it gets follows from ``seen``,
@@ -64,13 +70,11 @@ def measure_sensitivities(
     tokens = dict.fromkeys(layers, 0)
     terms = _go_on(waypoints, sums, tokens)
     mine = range(ranks.rank, len(batches), ranks.count)
-    at_once = len(mine) if is_streamed(model) else 1
     progress = track(range(2 * (len(mine) - len(terms)) * len(blocks)), "sensitivities")
     with _gradients_of_outputs(model, layers, sums, tokens), torch.enable_grad():
-        for start in range(len(terms), len(mine), max(at_once, 1)):
+        for group in _groups(mine[len(terms) :], is_streamed(model)):
             chain = _Chain(model, progress)
-            scored = [partial(_score, model, batches[n], seed + n) for n in mine[start : start + at_once]]
-            terms += sweep(model, scored, chain.visit)
+            terms += sweep(model, [partial(_score, model, batches[n], seed + n) for n in group], chain.visit)
             chain.run_back()
             if waypoints is not None and waypoints.due and len(terms) < len(mine):
                 waypoints.save_sums({**sums, **_counts(tokens, terms)})
@@ -86,6 +90,22 @@ def measure_sensitivities(
     reached = {name: values for name, values in sensitivities.items() if values.any()}
     _check(model, reached, sums)
     return reached
+
+
+def _groups(batches: Sequence[int], streams: bool) -> Iterator[Sequence[int]]:
+    """Batches to take at once: one, or with ``streams`` each time twice as many as long as that is quick, or worth it.
+
+    A group of batches reads all weights twice; when it is done its sums can be saved, and a kill loses no more than it.
+    """
+    size, before = 1, math.inf
+    while batches:
+        group, batches = batches[:size], batches[size:]
+        began = time.monotonic()
+        yield group
+        seconds = time.monotonic() - began
+        if streams and (seconds < GROUP_SECONDS or seconds / size < WORTH_READING * before):
+            size *= 2
+        before = seconds / len(group)
 
 
 def _go_on(waypoints: Waypoints | None, sums: Mapping[str, Tensor], tokens: dict[str, int]) -> list[float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import cospadi, evopress, learned, sparsegpt, strs, threebasil, wanda
@@ -291,8 +292,9 @@ def cospadi_layer(problem: LayerProblem, removed_ratio: float, iterations: int) 
     rank, support = sizes_for(problem.out_features, problem.in_features, removed_ratio, RANK_SUPPORT_RATIO)
     rank = min(rank, problem.max_rank)
     support = min(support, rank)
-    atoms, coefficients = cospadi.factorize(problem.target, rank, support, iterations)
-    return (problem.whitening.unwhiten(atoms) @ coefficients.double()).T, rank, support
+    root = problem.whitening.root
+    atoms, coefficients = cospadi.factorize(root @ problem.weighted.T, rank, support, iterations)
+    return (torch.linalg.solve(root, atoms.double()) @ coefficients.double()).T, rank, support
 
 
 def rocket(bench: Bench, removed_ratio: float) -> Compressed:

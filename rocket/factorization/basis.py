@@ -7,39 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rocket.factorization.whitening import Whitening
-
-ATOMS_AT_ONCE = 1024
-
 
 @dataclass(frozen=True)
 class Basis:
-    """Z = Q diag(σ) V, singular values descending.
+    """Z = Q diag(σ) V, singular values descending, without Q.
 
-    ``atoms`` is Q [in, r], ``scales`` is σ [r], ``rows`` is V [r, out], r = min(in, out). ``weight_norms`` are the
-    norms ‖S⁻¹ q_i‖ [r]: how strongly an atom shows in weight space.
+    ``scales`` is σ [r], ``rows`` is V [r, out], r = min(in, out).
     """
 
-    atoms: Tensor
     scales: Tensor
     rows: Tensor
-    weight_norms: Tensor
 
 
-def eigenbasis(target: Tensor, whitening: Whitening) -> Basis:
-    """Eigenvectors of ZZᵀ for Z [in, out], through the smaller of ZZᵀ and ZᵀZ, in float64."""
-    if target.shape[0] <= target.shape[1]:
-        values, atoms = torch.linalg.eigh(target @ target.T)
-        atoms, scales = atoms.flip(1), values.flip(0).clamp(min=0).sqrt()
-        rows = atoms.T @ target
-        rows = rows / positive(rows.norm(dim=1, keepdim=True))
-    else:
-        values, vectors = torch.linalg.eigh(target.T @ target)
-        rows, scales = vectors.flip(1).T.contiguous(), values.flip(0).clamp(min=0).sqrt()
-        atoms = target @ rows.T
-        atoms /= positive(atoms.norm(dim=0))
-    weight_norms = torch.cat([whitening.unwhiten(some).norm(dim=0) for some in atoms.split(ATOMS_AT_ONCE, dim=1)])
-    return Basis(atoms.float(), scales.float(), rows.float(), weight_norms.float())
+def basis_of_target(target: Tensor) -> Basis:
+    """From Z [in, out] with in <= out, in float64, through the eigenvectors of ZZᵀ."""
+    values, atoms = torch.linalg.eigh(target @ target.T)
+    rows = atoms.flip(1).T @ target
+    rows = rows / positive(rows.norm(dim=1, keepdim=True))
+    return Basis(values.flip(0).clamp(min=0).sqrt().float(), rows.float())
+
+
+def basis_of_gram(gram: Tensor) -> Basis:
+    """From ZᵀZ [out, out] with out <= in, in float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    return Basis(values.flip(0).clamp(min=0).sqrt().float(), vectors.flip(1).T.float().contiguous())
 
 
 def positive(tensor: Tensor) -> Tensor:

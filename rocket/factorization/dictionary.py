@@ -1,8 +1,9 @@
 """The paper's one-shot factorization: eigen-dictionary, thresholded coefficients, closed-form dictionary update.
 
-Everything happens in whitened space, on Z = S Wᵀ [in, out]. The rows of the coefficient matrix are kept at unit norm:
-scaling a row and its atom by inverse factors changes nothing, and it turns C Cᵀ from ill-conditioned into nearly the
-identity, so that single precision is enough.
+Coefficients are found in whitened space, on Z = S Wᵀ [in, out]; the dictionary follows from them and W, as the
+whitening cancels (`projection_error`). The rows of the coefficient matrix are kept at unit norm: scaling a row and its
+atom by inverse factors changes nothing, and it turns C Cᵀ from ill-conditioned into nearly the identity, so that single
+precision is enough.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ ATOM_SHRINKAGE = 1e-4
 CANCELLATION = 1e-2
 
 
-def importance(basis: Basis, exponent: float = 0.5) -> Tensor:
+def importance(problem: LayerProblem, exponent: float = 0.5) -> Tensor:
     """Importance of each coefficient (the paper's sensitivity-guided one), [r, out].
 
     The weighted geometric mean |C₀|^(1-λ) · (|C₀| ‖S⁻¹q‖)^λ of a coefficient's weight in whitened and in weight space.
     """
-    return basis.rows.abs() * (basis.scales * positive(basis.weight_norms) ** exponent)[:, None]
+    scales = problem.basis.scales
+    if exponent:
+        scales = scales ** (1.0 - exponent) * problem.weight_scales**exponent
+    return problem.basis.rows.abs() * scales[:, None]
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -99,7 +103,10 @@ def projection_cost(problem: LayerProblem, coefficients: Tensor) -> float:
 
 
 def fit_dictionary(target: Tensor, coefficients: Tensor) -> Tensor:
-    """D = Z Cᵀ(C Cᵀ + εI)⁻¹ [in, k] (the paper's closed-form update) for Z [in, out] and C [k, out]."""
+    """D = Z Cᵀ(C Cᵀ + εI)⁻¹ [in, k] (the paper's closed-form update) for Z [in, out] and C [k, out].
+
+    For Wᵀ in the place of Z = S Wᵀ it is S⁻¹D, the dictionary in weight space.
+    """
     factor = gram_factor(coefficients)
     dictionary: Tensor = torch.cholesky_solve(coefficients @ target.T, factor).T
     return dictionary
@@ -132,12 +139,12 @@ def factorize(
     [[2.0, 0.0], [0.0, 1.0]]
     """
     basis = problem.basis
-    mask = threshold(importance(basis, exponent)[:rank], support, thresholds)
+    mask = threshold(importance(problem, exponent)[:rank], support, thresholds)
     coefficients = basis.rows[:rank].double() * mask
     if support < rank:
         for _ in range(refits):
             mask, coefficients = _refit(basis, coefficients, int(mask.sum()))
-    dictionary = problem.whitening.unwhiten(fit_dictionary(problem.target, coefficients)).T
+    dictionary = fit_dictionary(problem.weighted.T, coefficients).T
     if problem.column_weights is not None:
         coefficients = coefficients / problem.column_weights
     dictionary, coefficients = _balance(dictionary, coefficients)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rocket.factorization.basis import Basis, eigenbasis
+from rocket.factorization.basis import Basis, basis_of_gram, basis_of_target
 from rocket.factorization.whitening import Whitening, whiten
 
 Cost = Literal["weight", "activation", "loss"]
@@ -84,6 +84,7 @@ class LayerProblem:
 
     @cached_property
     def whitening(self) -> Whitening:
+        """S, for layers of fewer inputs than outputs; others need none (`target`)."""
         return whiten(self.gram)
 
     @property
@@ -100,39 +101,61 @@ class LayerProblem:
         weights = self.sensitivity.double().clamp(min=0).sqrt()
         return weights.clamp(min=float(weights.mean()) * 1e-3 + 1e-30)
 
+    @property
+    def weighted(self) -> Tensor:
+        """W in float64, its rows scaled by √φ for ``loss``."""
+        if self.column_weights is None:
+            return self.weight.double()
+        return self.weight.double() * self.column_weights[:, None]
+
+    @cached_property
+    def output_gram(self) -> Tensor:
+        """ZᵀZ [out, out] in float64 for Z = S Wᵀ, columns scaled by √φ for ``loss``: W G Wᵀ, which takes no S."""
+        return _output_gram(self.weighted, self.gram)
+
     @cached_property
     def target(self) -> Tensor:
-        """Z = S Wᵀ [in, out] in float64: what the factorization approximates; its columns scaled by √φ for ``loss``."""
-        return self._whitened(self.whitening)
+        """T [min(in, out), out] in float64, with TᵀT = ZᵀZ: what the factorization approximates, up to a rotation.
 
-    def _whitened(self, whitening: Whitening) -> Tensor:
-        target = whitening.root @ self.weight.double().T
-        return target if self.column_weights is None else target.mul_(self.column_weights)
+        Of Z only the rows count: atoms come from the weights (`dictionary.factorize`). So T is Z = S Wᵀ itself or, in
+        layers of more inputs than outputs, a Cholesky factor of W G Wᵀ, which takes no root of G.
+        """
+        if self.in_features <= self.out_features:
+            return self.whitening.root @ self.weighted.T
+        return whiten(self.output_gram).root if self.output_gram.any() else self.output_gram
 
     @cached_property
     def basis(self) -> Basis:
-        """The eigenbasis of ``target``, which the forms share."""
-        return eigenbasis(self.target, self.whitening)
+        """The singular values and right singular vectors of ``target``, which the forms share."""
+        if self.in_features <= self.out_features:
+            return basis_of_target(self.target)
+        return basis_of_gram(self.output_gram)
+
+    @cached_property
+    def weight_scales(self) -> Tensor:
+        """‖S⁻¹ z_i‖ [r] of the terms z_i = σ_i q_i of Z: how strongly each shows in weight space."""
+        scales: Tensor = (self.basis.rows.double() @ self.weighted).norm(dim=1)
+        return scales.float()
 
     @cached_property
     def cost_target(self) -> Tensor:
         """T [min(in, out), out] with ‖T(I - Π)‖² the squared error of the cost, for a projection Π of the columns.
 
-        T is S Wᵀ, or Wᵀ for the cost ``weight``, rotated into its row space where that is smaller.
+        T is ``target``, or for the cost ``weight`` Wᵀ, rotated into its row space where that is smaller.
         """
-        if self.cost == "weight":
-            target = self.weight.double().T
-        elif self.tempered is self or "whitening" in vars(self):
-            target = self.target
-        else:  # nothing is fitted to this problem itself: its root is not needed again
-            target = self._whitened(whiten(self.gram))
-        if target.shape[0] > target.shape[1]:
-            target = torch.linalg.qr(target, mode="r").R
-        return target.float()
+        if self.cost != "weight":
+            return self.target.float()
+        if self.in_features <= self.out_features:
+            return self.weight.float().T
+        rotated: Tensor = torch.linalg.qr(self.weight.double().T, mode="r").R
+        return rotated.float()
 
     def prepare(self) -> LayerProblem:
-        """`tempered`, after what costs need: that takes a root as large as the Gram matrix for a while, as fits do."""
+        """`tempered`, after what costs need, of which only that is kept: both take large matrices for a while."""
         self.cost_target  # noqa: B018
+        if self.tempered is not self:
+            for name in ("whitening", "output_gram", "target"):
+                vars(self).pop(name, None)
         return self.tempered
 
     @cached_property
@@ -163,3 +186,12 @@ class LayerProblem:
                     (errors if self.column_weights is None else errors * self.column_weights[rows] ** 2).sum()
                 )
         return self.to_cost(error)
+
+
+def _output_gram(weight: Tensor, gram: Tensor) -> Tensor:
+    """W G Wᵀ [out, out], a panel of G in float64 at a time."""
+    total = weight.new_zeros(len(weight), len(weight))
+    for columns in range(0, len(gram), AT_ONCE):
+        panel = gram[:, columns : columns + AT_ONCE].to(weight.dtype)
+        total.addmm_(weight @ panel, weight[:, columns : columns + AT_ONCE].T)
+    return total

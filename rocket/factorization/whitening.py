@@ -14,24 +14,12 @@ DAMPINGS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 class Whitening:
     """G + damping · mean(diag G) · I = SᵀS.
 
-    ``root`` is S, [in, in], in float64. It is upper triangular unless ``triangular`` is False, when the Cholesky
-    factorization failed at every damping and S is the symmetric eigen square root. ``damping`` is relative to the mean
-    diagonal of G.
+    ``root`` is S, [in, in], in float64: upper triangular, or symmetric where the Cholesky factorization failed at every
+    damping. ``damping`` is relative to the mean diagonal of G.
     """
 
     root: Tensor
-    triangular: bool
     damping: float
-
-    def unwhiten(self, matrix: Tensor) -> Tensor:
-        """S⁻¹ times ``matrix`` [in, n]: from whitened space back to weight space, in float64."""
-        matrix = matrix.to(self.root.dtype)
-        result: Tensor = (
-            torch.linalg.solve_triangular(self.root, matrix, upper=True)
-            if self.triangular
-            else torch.linalg.solve(self.root, matrix)
-        )
-        return result
 
 
 def whiten(gram: Tensor) -> Whitening:
@@ -54,7 +42,7 @@ def whiten(gram: Tensor) -> Whitening:
         raise ValueError(f"Gram matrix has {int(bad_rows.sum())} non-finite rows (first: {first})")
     scale = float(gram.diagonal().double().mean())
     if scale <= 0.0:
-        return Whitening(torch.eye(len(gram), dtype=torch.float64, device=gram.device), triangular=True, damping=0.0)
+        return Whitening(torch.eye(len(gram), dtype=torch.float64, device=gram.device), damping=0.0)
     # In columns, as LAPACK wants it: factored in place, as a wide layer's matrix takes gigabytes.
     root = torch.empty_like(gram, dtype=torch.float64, memory_format=torch.contiguous_format).T
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
@@ -64,7 +52,7 @@ def whiten(gram: Tensor) -> Whitening:
         torch.linalg.cholesky_ex(root, upper=True, out=(root, failed))
         # Cholesky can succeed on a singular matrix by rounding luck; its inverse would then be noise.
         if not failed and float(root.diagonal().min()) ** 2 > 1e-14 * scale:
-            return Whitening(root, triangular=True, damping=damping)
+            return Whitening(root, damping=damping)
     values, vectors = torch.linalg.eigh(gram.double())
     values = values.clamp(min=DAMPINGS[-1] * scale)
-    return Whitening((vectors * values.sqrt()) @ vectors.T, triangular=False, damping=DAMPINGS[-1])
+    return Whitening((vectors * values.sqrt()) @ vectors.T, damping=DAMPINGS[-1])

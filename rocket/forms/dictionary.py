@@ -27,7 +27,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """At most one option a removed ratio, that of the best ρ among ``settings.rank_support_ratios``."""
     tempered = problem.prepare()
     basis = tempered.basis
-    scores = importance(basis, settings.importance_exponent)
+    scores = importance(tempered, settings.importance_exponent)
 
     def coefficients(rank: int, support: int) -> Tensor:
         return basis.rows[:rank] * threshold(scores[:rank], support, settings.thresholds)

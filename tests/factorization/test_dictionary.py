@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from rocket.factorization.dictionary import (
-    Basis,
     factorize,
     fit_dictionary,
     gram_factor,
@@ -24,15 +23,23 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def whitened_svd(problem: LayerProblem, rank: int) -> np.ndarray:
-    """SVD-LLM (arXiv 2403.07378) in numpy: truncate S Wᵀ (columns weighted as the cost says), take S back out."""
+def output_weights(problem: LayerProblem) -> np.ndarray:
+    return problem.sensitivity.double().numpy() ** 0.5 if problem.cost == "loss" else np.ones(problem.out_features)
+
+
+def whitened(problem: LayerProblem) -> tuple[np.ndarray, ...]:
+    """Z = S Wᵀ (columns weighted as the cost says) and its singular value decomposition, in numpy."""
     root = np.linalg.cholesky(problem.gram.double().numpy()).T
-    weights = np.ones(problem.out_features)
-    if problem.cost == "loss":
-        weights = problem.sensitivity.double().numpy() ** 0.5
-    left, values, right = np.linalg.svd(root @ (problem.weight.double().numpy().T * weights), full_matrices=False)
+    target = root @ (problem.weight.double().numpy().T * output_weights(problem))
+    return target, *np.linalg.svd(target, full_matrices=False)
+
+
+def whitened_svd(problem: LayerProblem, rank: int) -> np.ndarray:
+    """SVD-LLM (arXiv 2403.07378) in numpy: truncate Z, take S back out."""
+    root = np.linalg.cholesky(problem.gram.double().numpy()).T
+    _, left, values, right = whitened(problem)
     truncated = left[:, :rank] * values[:rank] @ right[:rank]
-    return (np.linalg.solve(root, truncated) / weights).T
+    return (np.linalg.solve(root, truncated) / output_weights(problem)).T
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,24 +63,26 @@ def test_hand_solved_rank_one():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_eigenbasis_is_numpys_svd(make_problem, shape):
-    problem = make_problem(*shape)
+@pytest.mark.parametrize("cost", ["activation", "loss"])
+def test_basis_is_numpys_svd(make_problem, shape, cost):
+    problem = make_problem(*shape, cost)
+    target, left, values, right = whitened(problem)
     basis = problem.basis
-    target, root = problem.target.numpy(), problem.whitening.root.numpy()
-    left, values, right = np.linalg.svd(target, full_matrices=False)
     np.testing.assert_allclose(basis.scales, values, rtol=1e-5)
-    np.testing.assert_allclose(np.abs(basis.atoms.numpy() * left).sum(axis=0), 1, rtol=1e-4)
     np.testing.assert_allclose(np.abs(basis.rows.numpy() * right).sum(axis=1), 1, rtol=1e-4)
-    np.testing.assert_allclose((basis.atoms * basis.scales) @ basis.rows, target, atol=1e-4)
-    expected = np.linalg.norm(np.linalg.solve(root, basis.atoms.numpy()), axis=0)
-    np.testing.assert_allclose(basis.weight_norms, expected, rtol=1e-4)
+    np.testing.assert_allclose(problem.target.T @ problem.target, target.T @ target, atol=1e-6 * values[0] ** 2)
+    assert problem.target.shape == (min(shape), shape[0])
+    root = np.linalg.cholesky(problem.gram.double().numpy()).T
+    expected = np.linalg.norm(np.linalg.solve(root, left * values), axis=0)
+    np.testing.assert_allclose(problem.weight_scales, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("exponent", "expected"), [(0.0, [12.0, 2.0]), (1.0, [3.0, 18.0]), (0.5, [6.0, 6.0])])
 def test_importance_weighs_whitened_against_weight_space(exponent, expected):
     # Coefficients 12 and 2 of atoms whose weight-space norms are 1/4 and 9; eq. 6 is their geometric mean.
-    basis = Basis(torch.eye(2), torch.tensor([12.0, 2.0]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0.25, 9.0]))
-    assert importance(basis, exponent).flatten().tolist() == pytest.approx(expected)
+    weight, gram = torch.diag(torch.tensor([3.0, 18.0])), torch.diag(torch.tensor([16.0, 1 / 81]))
+    problem = LayerProblem(weight, gram, cost="activation")
+    assert importance(problem, exponent).diagonal().tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 7, 9])
@@ -118,13 +127,13 @@ def test_projection_error_is_the_cost_of_the_built_dictionary(make_problem, shap
     """The identity that the search rests on: Ŵᵀ = S⁻¹DC = WᵀΠ in any metric, with no dictionary formed."""
     problem = make_problem(*shape, cost)
     basis = problem.basis
-    mask = keep_largest(importance(basis)[:rank], support)
+    mask = keep_largest(importance(problem)[:rank], support)
     short = problem.to_cost(projection_error(problem.cost_target, problem.squared_norm, basis.rows[:rank] * mask))
 
     coefficients = basis.rows[:rank].double() * mask
-    weight = problem.whitening.unwhiten(fit_dictionary(problem.target, coefficients)) @ coefficients
-    if problem.column_weights is not None:
-        weight = weight / problem.column_weights
+    target = torch.from_numpy(whitened(problem)[0])
+    root = torch.linalg.cholesky(problem.gram.double()).T
+    weight = torch.linalg.solve(root, fit_dictionary(target, coefficients)) @ coefficients / output_weights(problem)
     assert short == pytest.approx(problem.evaluate(weight.T), rel=1e-4)
 
 
@@ -142,12 +151,12 @@ def test_factorize_stores_what_it_says(make_problem, cost):
 
 def test_closed_form_update_beats_the_eigenvectors(make_problem):
     problem = make_problem(24, 32, "activation")
-    basis = problem.basis
-    mask = keep_largest(importance(basis)[:12], 4)
-    before = problem.target - (basis.atoms[:, :12] * basis.scales[:12]).double() @ (basis.rows[:12] * mask).double()
+    mask = keep_largest(importance(problem)[:12], 4)
+    target, left, values, right = whitened(problem)
+    before = target - left[:, :12] * values[:12] @ (right[:12] * mask.numpy())
     dictionary, coefficients, _ = factorize(problem, 12, 4)
     after = problem.evaluate(coefficients @ dictionary)
-    assert after < problem.to_cost(float(before.square().sum()))
+    assert after < problem.to_cost(float((before**2).sum()))
 
 
 @pytest.mark.parametrize("cost", ["activation", "loss"])
@@ -186,7 +195,7 @@ def test_small_errors_survive_a_dominant_direction(make_problem):
     problem.gram[3] *= 1e4
     problem.gram[:, 3] *= 1e4
     rows = problem.basis.rows[:48]
-    mask = keep_largest(importance(problem.basis)[:48], 24)
+    mask = keep_largest(importance(problem)[:48], 24)
     cost = problem.to_cost(projection_error(problem.cost_target, problem.squared_norm, rows * mask))
     dictionary, coefficients, _ = factorize(problem, 48, 24)
     exact = problem.evaluate(coefficients @ dictionary)

@@ -22,7 +22,7 @@ TOLERANCE = 1.001
 def tempered_cost(problem, rank: int, support: int, settings: ProfilingConfig) -> float:
     """What the search minimises: the cost of the problem that is fitted."""
     basis = problem.tempered.basis
-    scores = importance(basis, settings.importance_exponent)
+    scores = importance(problem.tempered, settings.importance_exponent)
     rows = basis.rows[:rank] * threshold(scores[:rank], support, settings.thresholds)
     squared_error = projection_error(problem.tempered.cost_target, problem.tempered.squared_norm, rows)
     return problem.tempered.to_cost(squared_error)

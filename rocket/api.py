@@ -17,6 +17,7 @@ from rocket.models import (
     Batch,
     evaluation_mode,
     first_batches,
+    refuse_offloaded,
     refuse_quantized,
     sample_batches,
     target_layers,
@@ -25,6 +26,11 @@ from rocket.models import (
 )
 from rocket.models.inputs import tokenizer_of
 from rocket.profiling import profile_layers
+
+KINDS = (
+    "give texts, token ids [samples, seq_len], samples of images or speech, or batches of tensors (keyword arguments of "
+    "the model's forward)"
+)
 
 
 def plan(
@@ -44,13 +50,14 @@ def plan(
     speech (then ``processor`` is needed, which also serves for texts if it has a tokenizer), or batches: keyword
     arguments of the model's forward, with ``labels`` where it learns from them, taken as they are. ``calib`` and
     ``profiling`` are the sections of the same names of a config file. The model is left as it is. Raises RocketError
-    when the text is too short, the model does not take what the samples hold, or no layer matches; ValueError when
-    texts or samples come alone.
+    when the text is too short, the model does not take what the samples hold, a part of it is not in memory, or no
+    layer matches; ValueError for calibration of another kind, and when texts or samples come alone.
     """
     calib, profiling = calib or CalibConfig(), profiling or ProfilingConfig()
     if profiling.cost == "loss" and calib.sensitivity_samples == 0:
         raise ValueError("the cost 'loss' needs calib.sensitivity_samples > 0")
     refuse_quantized(type(model).__name__, model.config)
+    refuse_offloaded(model)
     material = _material(model, calibration, tokenizer if processor is None else processor, calib)
     forms = select_forms(profiling.forms)
     with unstacked_experts(model), evaluation_mode(model):
@@ -69,16 +76,36 @@ def _material(
 ) -> Callable[[int | None, int], Sequence[Batch]]:
     """(how many samples, how many a batch) -> batches, of whatever kind calibration was given."""
     if isinstance(calibration, torch.Tensor):
+        _check_ids(model, calibration)
         return lambda count, size: token_batches(model, calibration[:count], size)
-    if not len(calibration):
+    if isinstance(calibration, str | Mapping):
+        calibration = [calibration]
+    if not isinstance(calibration, Sequence):
+        raise ValueError(f"calibration is a {type(calibration).__name__}; {KINDS}")
+    if not calibration:
         raise ValueError("calibration is empty")
-    if isinstance(calibration[0], Mapping):
+    kind = next((kind for kind in (str, Mapping, Sample) if all(isinstance(item, kind) for item in calibration)), None)
+    if kind is Mapping and all(
+        any(isinstance(value, torch.Tensor) for value in batch.values()) for batch in calibration
+    ):
         return lambda count, _: first_batches(calibration, count)
+    if kind not in (str, Sample):
+        raise ValueError(f"calibration holds {type(calibration[0]).__name__} objects; {KINDS}")
     if processor is None:
-        what = "samples need the processor" if isinstance(calibration[0], Sample) else "texts need the tokenizer"
+        what = "samples need the processor" if kind is Sample else "texts need the tokenizer"
         raise ValueError(f"calibration {what}")
-    if isinstance(calibration[0], Sample):
+    if kind is Sample:
         samples = calibration[: calib.num_samples]
         return lambda count, size: sample_batches(model, processor, samples[:count], size)
     tokens = pack_tokens(calibration, tokenizer_of(processor), calib.seq_len, calib.num_samples, calib.seed)
     return lambda count, size: token_batches(model, tokens[:count], size)
+
+
+def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+        raise ValueError(f"calibration is {ids.dtype} {list(ids.shape)}; token ids are integers [samples, seq_len]")
+    table = model.get_input_embeddings()
+    if isinstance(table, torch.nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
+        raise ValueError(
+            f"calibration has token ids from {int(ids.min())} to {int(ids.max())}, the model {table.num_embeddings} tokens"
+        )

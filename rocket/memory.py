@@ -126,8 +126,10 @@ def estimate_memory(config: Config) -> Memory | None:
     try:
         model = open_empty(config.model)
         layers = target_layers(model, config.model.targets, config.model.ignore)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError):
-        return None  # loading it will say what is wrong
+    except RocketError:
+        raise
+    except Exception:  # whatever a stranger's config.json makes transformers raise: loading it will say what is wrong
+        return None
     device = resolve_device(config.model.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return Memory(

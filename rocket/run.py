@@ -111,9 +111,9 @@ class RunDirectory:
         try:
             if (path / "run.json").exists():
                 self._check_files()
+            self._check_identity(dict(identity))
             if lock == "alone":
                 self._clear()
-            self._check_identity(dict(identity))
         except BaseException:
             if is_new_lock:
                 (path / ".lock").unlink(missing_ok=True)
@@ -153,7 +153,8 @@ class RunDirectory:
     def _check_identity(self, identity: dict[str, object]) -> None:
         content = self.read_json("run.json", expected=None)
         if content is None:
-            strangers = sorted({entry.name for entry in self.path.iterdir()} - {".lock"})
+            own = {".lock", *(entry.name for entry in self.path.glob(".run.json.*.tmp"))}  # of one killed at its start
+            strangers = sorted({entry.name for entry in self.path.iterdir()} - own)
             if strangers:
                 raise RocketError(
                     f"output_dir {self.path} is not empty and holds no run (found {strangers[0]}); choose another"

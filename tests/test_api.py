@@ -80,6 +80,59 @@ def test_the_predicted_loss_is_about_the_measured_one(make_model, token_ids):
     assert 0.2 * plan.cost < float(divergence) < 5 * plan.cost
 
 
+def test_one_text_is_a_text(make_model, byte_tokenizer, texts, quick_settings):
+    calib, profiling = quick_settings
+    model, text = make_model("llama"), " ".join(texts)
+    one = rocket.plan(model, text, byte_tokenizer, calib=calib, profiling=profiling)
+    other = rocket.plan(model, [text], byte_tokenizer, calib=calib, profiling=profiling)
+    assert [profile.options for profile in one.profiles] == [profile.options for profile in other.profiles]
+
+
+def test_one_batch_is_a_batch(make_model, token_ids, quick_settings):
+    calib, profiling = quick_settings
+    planner = rocket.plan(make_model("llama"), {"input_ids": token_ids[:4]}, calib=calib, profiling=profiling)
+    assert set(planner.calibration.tokens.values()) == {token_ids[:4].numel()}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ((text for text in "ab"), "calibration is a generator; give texts"),
+        ([[1, 2, 3]], "calibration holds list objects; give texts"),
+        ([{"text": "a row of a data set"}], "calibration holds dict objects; give texts"),
+        (["a text", {"input_ids": torch.ones(1, 2)}], "calibration holds str objects; give texts"),
+        ([], "calibration is empty"),
+        (torch.arange(9), r"calibration is torch.int64 \[9\]; token ids are integers \[samples, seq_len\]"),
+        (torch.rand(2, 9), "calibration is torch.float32"),
+        (torch.full((2, 9), 10_000), "calibration has token ids from 10000 to 10000, the model 257 tokens"),
+    ],
+)
+def test_calibration_of_another_kind(make_model, calibration, message):
+    with pytest.raises(ValueError, match=message):
+        rocket.plan(make_model("llama"), calibration)
+
+
+def test_what_is_not_in_memory_is_refused(make_model, token_ids, quick_settings):
+    calib, profiling = quick_settings
+    model = make_model("llama")
+    planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+    small = rocket.compress(model, planner.at(removed_ratio=0.3))
+    for part in (model, small):
+        part.model.layers[1].to("meta")
+    with pytest.raises(rocket.RocketError, match=r"model\.layers\.1\..* is on disk or offloaded, not in memory"):
+        rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+    with pytest.raises(rocket.RocketError, match="not in memory"):
+        rocket.merge(small)
+
+
+def test_layers_in_two_places_stay(make_model, token_ids, quick_settings):
+    calib, profiling = quick_settings
+    model = make_model("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    planner = rocket.plan(model, token_ids, calib=calib, profiling=profiling)
+    assert {profile.layer.split(".")[3] for profile in planner.profiles} == {"self_attn"}
+
+
 def test_texts_need_a_tokenizer(make_model, texts):
     with pytest.raises(ValueError, match="calibration texts need the tokenizer"):
         rocket.plan(make_model("llama"), texts)

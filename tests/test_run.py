@@ -155,10 +155,13 @@ def test_damaged_directories_are_told(run, kind):
 
 
 def test_foreign_directory(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RocketError, match=r"is not empty and holds no run \(found thesis\.tex\); choose another"):
+    files = [tmp_path / name for name in ("thesis.tex", "states/notes", ".thesis.tmp", "chapters/.draft.tmp/one")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("years of work")
+    with pytest.raises(RocketError, match=r"is not empty and holds no run \(found \.thesis\.tmp\); choose another"):
         RunDirectory(tmp_path, IDENTITY)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert all(file.read_text() == "years of work" for file in files)
 
 
 @pytest.mark.parametrize("change", [{"model": "other"}, {"calib.num_samples": 8}, {"calib.seed": 1}])

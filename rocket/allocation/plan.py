@@ -219,7 +219,7 @@ class Planner:
                 plan = self.within(budget)
             except RocketError:
                 logger.info("%s is beyond what the profiled options reach", budget.name)
-                break
+                continue
             increase = prediction(plan.cost) if prediction else None
             points.append(CurvePoint(plan.removed_ratio, plan.parameters, plan.bytes, plan.cost, increase))
         return points

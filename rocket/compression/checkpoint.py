@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
-from rocket.models import is_streamed, make_linear, releasing, restack_experts
+from rocket.models import is_streamed, make_linear, refuse_offloaded, releasing, restack_experts
 from rocket.nn import CompressedLinear, optimize, replace_module
 from rocket.nn.layers import VALUES
 
@@ -48,8 +48,10 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
 
     Experts that the original stacks in one parameter are stacked again.
 
-    For engines that know nothing of rocket. It takes the original's memory and disk again.
+    For engines that know nothing of rocket. It takes the original's memory and disk again. Raises RocketError if a part
+    of the model is not in memory.
     """
+    refuse_offloaded(model)
     if not inplace:
         model = copy.deepcopy(model)
     optimize(model, backend="trivial")

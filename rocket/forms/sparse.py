@@ -39,9 +39,9 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
 
 
 def knots_for(removed_ratios: list[float]) -> list[float]:
-    """Where costs are computed: at `KNOTS` when they are fewer than the ratios asked for, else at each of those."""
-    inside = [knot for knot in KNOTS if removed_ratios[0] <= knot <= removed_ratios[-1]]
-    knots = sorted({*inside, removed_ratios[-1]} if inside else {removed_ratios[0], removed_ratios[-1]})
+    """Where costs are computed: at the ends and at `KNOTS` between when they are fewer than the ratios, else at each."""
+    first, last = removed_ratios[0], removed_ratios[-1]
+    knots = sorted({first, *(knot for knot in KNOTS if first < knot < last), last})
     return knots if len(knots) < len(removed_ratios) else removed_ratios
 
 

@@ -26,7 +26,14 @@ from rocket.models.inputs import (
     without_cache,
 )
 from rocket.models.linear import LinearLayer, features_of, is_linear, make_linear, weight_of
-from rocket.models.load import identify_model, load_model, open_checkpoint, refuse_quantized, resolve_device
+from rocket.models.load import (
+    identify_model,
+    load_model,
+    open_checkpoint,
+    refuse_offloaded,
+    refuse_quantized,
+    resolve_device,
+)
 from rocket.models.mode import evaluation_mode
 from rocket.models.residence import hold, is_streamed, release_pages, releasing, stream
 from rocket.models.rewriting import rewrite, unlike_model
@@ -67,6 +74,7 @@ __all__ = [
     "open_model",
     "open_processor",
     "read_headers",
+    "refuse_offloaded",
     "refuse_quantized",
     "release_pages",
     "releasing",

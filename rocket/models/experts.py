@@ -17,7 +17,7 @@ from rocket.config.errors import RocketError, first_line
 from rocket.models.expert_linears import EAGER, LAYOUTS, ExpertLinears
 from rocket.models.mode import evaluation_mode
 from rocket.models.residence import hold
-from rocket.models.structure import block_of, find_blocks
+from rocket.models.structure import block_of, find_blocks, shared_parameters
 
 TOLERANCE = 1e-2
 
@@ -133,16 +133,13 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Modules inside blocks that hold 3-D parameters of their own, all of as many elements, shared with no other."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    shared = shared_parameters(model)
     found = {}
     for block, parent in find_blocks(model).items():
         for name, module in parent.named_modules(prefix=block):
             stacks = _stacks(module)
             counts = {len(parameter) for parameter in stacks.values()}
-            if len(counts) == 1 and counts != {1} and all(owners[id(stack)] == 1 for stack in stacks.values()):
+            if len(counts) == 1 and counts != {1} and shared.isdisjoint(map(id, stacks.values())):
                 found[name] = module
     return found
 

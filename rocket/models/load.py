@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -21,7 +22,8 @@ from rocket.models.residence import stream, unmapped
 from rocket.models.stored import INDEX, check_config_file, indexed_files
 from rocket.models.structure import find_blocks
 
-SAMPLED_BYTES = 1 << 20
+READ_WHOLE = 1 << 26
+SAMPLE_EVERY, SAMPLED_BYTES = 1 << 22, 1 << 14
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +184,8 @@ def locate(path: str) -> Location:
 def identify_model(config: ModelConfig) -> str:
     """A fingerprint of the model's files, without loading them.
 
-    Directories and GGUF files: names, sizes and three sampled megabytes of each file. Hub ids: the commit that the
-    revision resolves to.
+    Directories and GGUF files: names and sizes of the files and what they hold, of those beyond 64 MB some of every 4
+    MB and the end. Hub ids: the commit that the revision resolves to.
     """
     location = locate(config.path)
     directory = Path(location.source)
@@ -200,11 +202,13 @@ def identify_model(config: ModelConfig) -> str:
     files = [directory / location.file] if location.file else sorted(directory.glob("*"))
     for file in files:
         if file.is_file() and file.suffix != ".md":
-            digest.update(f"{file.name}:{file.stat().st_size}".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            every, length = (READ_WHOLE, READ_WHOLE) if size <= READ_WHOLE else (SAMPLE_EVERY, SAMPLED_BYTES)
             with file.open("rb") as handle:
-                for position in (0, file.stat().st_size // 2, max(0, file.stat().st_size - SAMPLED_BYTES)):
+                for position in (*range(0, size, every), max(0, size - length)):
                     handle.seek(position)
-                    digest.update(handle.read(SAMPLED_BYTES))
+                    digest.update(handle.read(length))
     return digest.hexdigest()
 
 
@@ -217,6 +221,16 @@ def refuse_quantized(name: str, config: Any) -> None:
     method = getattr(details.get("quant_method"), "value", details.get("quant_method"))
     what = "already compressed by rocket" if method == "rocket" else f"already quantized ({method})"
     raise RocketError(f"the model {name!r} is {what}; give the original model in 16 or 32 bit")
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise RocketError if a part of a model is not in memory, as ``device_map`` leaves what does not fit."""
+    absent = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if absent is not None:
+        raise RocketError(
+            f"{absent} is on disk or offloaded, not in memory; load the model whole, or let `rocket run` stream it from "
+            "its files with memory_budget"
+        )
 
 
 def _gguf_dequantize() -> dict[str, Any]:

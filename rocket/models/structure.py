@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -56,7 +57,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequenc
         for name, module in parent.named_modules()
         if is_linear(module)
     }
-    shared = _shared_weights(model)
+    shared = shared_parameters(model)
     routers = {id(router) for block in blocks.values() for router in _routers(block)}
     candidates = {
         name: module
@@ -92,13 +93,10 @@ def _count_experts(module: nn.Module) -> int:
     return max((len(stack) for stack in module.children() if isinstance(stack, ExpertLinears)), default=0)
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {identity for identity, count in owners.items() if count > 1}
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that are in a model at two places or more: of two modules, or of one that is there twice."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in places.items() if count > 1}
 
 
 def _matching(candidates: Mapping[str, nn.Module], patterns: Sequence[str], key: str) -> set[str]:

@@ -54,6 +54,13 @@ def test_sparse_costs_are_interpolated_within_a_tenth(make_problem, dense_weight
         assert promised == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("ratios", [[0.5, 0.6, 0.7], [0.1, 0.2], [0.3, 0.4], [0.1, 0.15, 0.2, 0.25, 0.3], [0.4]])
+def test_sparse_costs_of_few_sizes(make_problem, dense_weight, ratios):
+    settings = ProfilingConfig(removed_ratios=ratios)
+    for promised, real in promised_and_real(make_problem(128, 192, "loss"), "sparse", dense_weight, settings):
+        assert promised == pytest.approx(real, rel=0.1)
+
+
 @pytest.mark.parametrize("form", ["low_rank", "dictionary", "sparse"])
 @pytest.mark.parametrize("cost", COSTS)
 def test_removing_more_costs_more(make_problem, form, cost):

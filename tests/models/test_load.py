@@ -134,6 +134,21 @@ def test_identity_follows_the_files(model_dir):
     assert identify_model(config(path)) != before
 
 
+def test_identity_of_large_files_follows_every_matrix(model_dir, monkeypatch):
+    monkeypatch.setattr("rocket.models.load.READ_WHOLE", 1 << 12)
+    monkeypatch.setattr("rocket.models.load.SAMPLE_EVERY", 1 << 10)
+    monkeypatch.setattr("rocket.models.load.SAMPLED_BYTES", 1 << 5)
+    path = model_dir("llama")
+    before = identify_model(config(path))
+    weights = load_file(path / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.nbytes >= 1 << 10:
+            save_file({**weights, name: weight + 1}, path / "model.safetensors", {"format": "pt"})
+            assert identify_model(config(path)) != before, name
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    assert identify_model(config(path)) == before
+
+
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,8 +28,8 @@ from rocket.models.inputs import tokenizer_of
 from rocket.profiling import profile_layers
 
 KINDS = (
-    "give texts, token ids [samples, seq_len], samples of images or speech, or batches of tensors (keyword arguments of "
-    "the model's forward)"
+    "give texts, token ids [samples, seq_len], samples of images or speech, or batches of tensors, keyword arguments of "
+    "the model's forward"
 )
 
 
@@ -85,9 +85,7 @@ def _material(
     if not calibration:
         raise ValueError("calibration is empty")
     kind = next((kind for kind in (str, Mapping, Sample) if all(isinstance(item, kind) for item in calibration)), None)
-    if kind is Mapping and all(
-        any(isinstance(value, torch.Tensor) for value in batch.values()) for batch in calibration
-    ):
+    if kind is Mapping and all(any(map(torch.is_tensor, batch.values())) for batch in calibration):
         return lambda count, _: first_batches(calibration, count)
     if kind not in (str, Sample):
         raise ValueError(f"calibration holds {type(calibration[0]).__name__} objects; {KINDS}")
@@ -105,7 +103,6 @@ def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
     if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
         raise ValueError(f"calibration is {ids.dtype} {list(ids.shape)}; token ids are integers [samples, seq_len]")
     table = model.get_input_embeddings()
-    if isinstance(table, torch.nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < table.num_embeddings:
-        raise ValueError(
-            f"calibration has token ids from {int(ids.min())} to {int(ids.max())}, the model {table.num_embeddings} tokens"
-        )
+    first, last = int(ids.min()), int(ids.max())
+    if isinstance(table, torch.nn.Embedding) and not 0 <= first <= last < table.num_embeddings:
+        raise ValueError(f"calibration has token ids from {first} to {last}, the model {table.num_embeddings} tokens")

@@ -39,7 +39,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
 
 
 def knots_for(removed_ratios: list[float]) -> list[float]:
-    """Where costs are computed: at the ends and at `KNOTS` between when they are fewer than the ratios, else at each."""
+    """Where costs are computed: at the ends and at `KNOTS` between them, or at all ratios if these are as few."""
     first, last = removed_ratios[0], removed_ratios[-1]
     knots = sorted({first, *(knot for knot in KNOTS if first < knot < last), last})
     return knots if len(knots) < len(removed_ratios) else removed_ratios

@@ -228,8 +228,8 @@ def refuse_offloaded(model: nn.Module) -> None:
     absent = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
     if absent is not None:
         raise RocketError(
-            f"{absent} is on disk or offloaded, not in memory; load the model whole, or let `rocket run` stream it from "
-            "its files with memory_budget"
+            f"{absent} is on disk or offloaded, not in memory; load the model whole, or let `rocket run` stream it "
+            "from its files (memory_budget)"
         )
 
 

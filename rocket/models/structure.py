@@ -94,7 +94,7 @@ def _count_experts(module: nn.Module) -> int:
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that are in a model at two places or more: of two modules, or of one that is there twice."""
+    """The ids of parameters at two places or more of a model: of several modules, or of one that is there twice."""
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {identity for identity, count in places.items() if count > 1}
 

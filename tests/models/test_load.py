@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rocket.config.errors import RocketError
 from rocket.config.schema import ModelConfig

@@ -28,8 +28,8 @@ from rocket.models.inputs import tokenizer_of
 from rocket.profiling import profile_layers
 
 KINDS = (
-    "give texts, token ids [samples, seq_len], samples of images or speech, or batches of tensors, keyword arguments of "
-    "the model's forward"
+    "give texts, token ids [samples, seq_len], samples of images or speech, or batches of tensors: keyword arguments "
+    "of the model's forward"
 )
 
 

@@ -41,9 +41,10 @@ LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and grad
 TEXT_BYTES = 500_000_000  # a text being tokenised
 UNTOLD_BYTES = 500_000_000  # about what the libraries take, where the system does not tell
 UNITS = 1e9
-CGROUPS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+MOUNTED, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUPS = (  # the limit, what is used of it, and what of that is only a cache of files, by its key in memory.stat
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -229,8 +230,21 @@ def _free_memory() -> int:
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in CGROUPS:
-        files = Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used)
-        if all(file.exists() for file in files) and files[0].read_text().strip().isdigit():
-            limits.append(int(files[0].read_text()) - int(files[1].read_text()))
+    for controller, limit, used, cache in CGROUPS:
+        for group in _own_groups(controller):
+            try:
+                allowed = int((group / limit).read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                limits.append(allowed - int((group / used).read_text()) + int(statistics[cache]))
+            except (OSError, ValueError, KeyError):  # no such file, or no limit
+                continue
     return min(limits, default=2**62) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _own_groups(controller: str) -> list[Path]:
+    """The control groups that limit this process: its own, and those which that one is in."""
+    mounted = MOUNTED / controller
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []
+    inside = [path for line in lines for _, kind, path in [line.split(":", 2)] if controller in kind.split(",")]
+    group = mounted / (inside[0] if inside else "").lstrip("/")
+    return [place for place in (group, *group.parents) if place.is_relative_to(mounted)]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from rocket.calib import Waypoints, measure_sensitivities, sensitivity, waypoints
 from rocket.config import RocketError, load_config
 from rocket.config.schema import ModelConfig
-from rocket.memory import estimate_memory
+from rocket.memory import _free_memory, estimate_memory
 from rocket.models import (
     find_blocks,
     hold,
@@ -269,6 +269,28 @@ def test_experts_count_in_the_estimate(write_config, monkeypatch):
     without = estimate_memory(load_config(path))
     more = memory.needs["gather activations"].streamed - without.needs["gather activations"].streamed
     assert more > 4 * 0.6 * 8 * 72**2  # what four experts of 72 hidden features read
+
+
+@pytest.mark.parametrize(
+    ("version", "files"),
+    [
+        ("0::/job/step", ("memory.max", "memory.current", "inactive_file")),
+        ("4:cpu,memory:/job/step", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_a_container_may_limit_memory(tmp_path, monkeypatch, version, files):
+    """By a group that this one is in; what is only a cache of files counts as free."""
+    limit, used, cache = files
+    mounted = tmp_path / "memory" if "memory" in version else tmp_path
+    (mounted / "job" / "step").mkdir(parents=True)
+    for group, allowed in ((mounted / "job", str(5 << 20)), (mounted / "job" / "step", "max")):
+        (group / limit).write_text(f"{allowed}\n")
+        (group / used).write_text(f"{4 << 20}\n")
+        (group / "memory.stat").write_text(f"anon 7\n{cache} {3 << 20}\n")
+    (tmp_path / "own").write_text(f"{version}\n")
+    monkeypatch.setattr("rocket.memory.MOUNTED", tmp_path)
+    monkeypatch.setattr("rocket.memory.OWN_GROUPS", tmp_path / "own")
+    assert _free_memory() == 4 << 20
 
 
 def test_a_budget_that_cannot_be_kept_is_no_budget(write_config):

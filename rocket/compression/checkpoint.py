@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rocket.config.errors import RocketError
 from rocket.models import is_streamed, make_linear, refuse_offloaded, releasing, restack_experts
-from rocket.nn import CompressedLinear, optimize, replace_module
+from rocket.nn import CompressedLinear, detach_quantizer, optimize, replace_module
 from rocket.nn.layers import VALUES
 
 SHARD, STREAMED_SHARD = "5GB", "1GB"
@@ -59,13 +59,7 @@ def merge(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
         if isinstance(module, CompressedLinear):
             replace_module(model, name, _merged(module))
     restack_experts(model)
-    for attribute in ("hf_quantizer", "quantization_method", "_weight_conversions", "_checkpoint_conversion_mapping"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-    for attribute in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, attribute):
-            delattr(model.config, attribute)
-    model.is_quantized = False
+    detach_quantizer(model)
     return model
 
 

@@ -93,6 +93,7 @@ class SparseProducts:
             out = mask.shape[0]
             operands.check_sparse(mask, offsets, cols)
             operands.check_scale(values, scale, out)
+            operands.check_bias(bias, operands.value_type(values, scale), out)
             types.add((values.dtype, operands.value_type(values, scale)))
             fields += (pointer(tensor) for tensor in (values, scale, mask, offsets))
             fields += (values.numel(), out, pointer(bias), 0)
@@ -143,12 +144,8 @@ def prepare(tensors: Sequence[Any], cols: int) -> SparseProducts | None:
 
 
 def _seen(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
-    """What tells that pointers to tensors can be used again: addresses, sizes, and the types of values and scales."""
-    return (
-        [None if tensor is None else (tensor.data_ptr(), tensor.numel()) for tensor in tensors],
-        [values if values is None else values.dtype for values in tensors[::PART_TENSORS]],
-        [scale if scale is None else scale.dtype for scale in tensors[1::PART_TENSORS]],
-    )
+    """What tells that pointers to tensors can be used again: their addresses, sizes and types."""
+    return tuple(None if tensor is None else (tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in tensors)
 
 
 def factor_linear(
@@ -168,7 +165,7 @@ def factor_linear(
         return by_torch.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale)
     operands.check_sparse(mask, offsets, rank)
     operands.check_product(x, dictionary, in_features, dictionary_scale, rank)
-    operands.check_product(x, values, in_features, scale, out)
+    operands.check_product(x, values, in_features, scale, out, bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
     sparse = (pointer(values), pointer(scale), pointer(mask), pointer(offsets), values.numel(), out)
@@ -191,7 +188,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: T
         )
     if kernels is None or batch > MAX_KERNEL_BATCH:
         return by_torch.dense_linear(x, weight, bias, scale)
-    operands.check_product(x, weight, in_features, scale, out)
+    operands.check_product(x, weight, in_features, scale, out, bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
     kernels.dense_linear(

@@ -22,9 +22,18 @@ def check_sparse(mask: Tensor, offsets: Tensor, cols: int) -> None:
         )
 
 
-def check_product(x: Tensor, weight: Tensor, cols: int, scale: Tensor | None, out: int) -> None:
-    check_input(x, value_type(weight, scale), cols)
+def check_product(
+    x: Tensor, weight: Tensor, cols: int, scale: Tensor | None, out: int, bias: Tensor | None = None
+) -> None:
+    dtype = value_type(weight, scale)
+    check_input(x, dtype, cols)
     check_scale(weight, scale, out)
+    check_bias(bias, dtype, out)
+
+
+def check_bias(bias: Tensor | None, dtype: torch.dtype, out: int) -> None:
+    if bias is not None and (bias.shape != (out,) or bias.dtype != dtype):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; the product needs {dtype} [{out}]")
 
 
 def check_input(x: Tensor, dtype: torch.dtype, cols: int) -> None:

@@ -10,10 +10,13 @@ product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -51,6 +54,7 @@ def direct(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
+        or is_transformed()
         or type(x) is not Tensor
         or not x.is_cpu
         or x.layout is not torch.strided
@@ -59,8 +63,12 @@ def direct(x: Tensor) -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_transformed() -> bool:
+    """Whether a function transform (vmap, jvp) or forward-mode differentiation is at work, unknown to the ops."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def sparse_linear(
@@ -146,7 +154,13 @@ def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tens
     return result
 
 
-# CUDA, through Triton: imported at the first call, so that nothing here needs it.
+# CUDA, through Triton: imported at the first call, so that nothing here needs it; through torch where it is missing.
+
+
+@cache
+def has_triton() -> bool:
+    """Whether products on CUDA go to Triton's kernels."""
+    return find_spec("triton") is not None
 
 
 def _sparse_linear_cuda(
@@ -159,7 +173,9 @@ def _sparse_linear_cuda(
     scale: Tensor | None = None,
 ) -> Tensor:
     operands.check_sparse(mask, offsets, cols)
-    operands.check_product(x, values, cols, scale, mask.shape[0])
+    operands.check_product(x, values, cols, scale, mask.shape[0], bias)
+    if not has_triton():
+        return by_torch.sparse_linear(x, values, mask, offsets, cols, bias, scale)
     from rocket.kernels import gpu
 
     return gpu.sparse_linear(x, values, mask, offsets, cols, bias, scale)
@@ -168,7 +184,9 @@ def _sparse_linear_cuda(
 def _dense_linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     if scale is None:
         return F.linear(x, weight, bias)
-    operands.check_product(x, weight, weight.shape[1], scale, weight.shape[0])
+    operands.check_product(x, weight, weight.shape[1], scale, weight.shape[0], bias)
+    if not has_triton():
+        return by_torch.dense_linear(x, weight, bias, scale)
     from rocket.kernels import gpu
 
     return gpu.dense_linear(x, weight, bias, scale)
@@ -177,6 +195,8 @@ def _dense_linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None = None, sc
 def _expand_cuda(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
     operands.check_sparse(mask, offsets, cols)
     operands.check_scale(values, scale, mask.shape[0])
+    if not has_triton():
+        return by_torch.expand(values, mask, offsets, cols, scale)
     from rocket.kernels import gpu
 
     return gpu.expand(values, mask, offsets, cols, scale)

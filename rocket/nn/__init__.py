@@ -11,7 +11,7 @@ from rocket.nn.layers import (
     SparseLinear,
 )
 from rocket.nn.optimize import explain, optimize
-from rocket.nn.quantizer import RocketConfig, RocketQuantizer, attach_quantizer, replace_module
+from rocket.nn.quantizer import RocketConfig, RocketQuantizer, attach_quantizer, detach_quantizer, replace_module
 
 __all__ = [
     "LAYERS",
@@ -25,6 +25,7 @@ __all__ = [
     "RocketQuantizer",
     "SparseLinear",
     "attach_quantizer",
+    "detach_quantizer",
     "explain",
     "optimize",
     "replace_module",

@@ -116,6 +116,12 @@ class CompressedLinear(nn.Module):
         """Whether these inputs go to the kernels: they have no gradient, and no part in autocast."""
         return self.uses_kernels and kernels_apply(self, inputs)
 
+    def _cast(self, inputs: Tensor) -> Tensor:
+        """Inputs in the layer's type where its values are int8: models that cast to a weight's type then leave them as
+        they are (T5)."""
+        scale = self._parameters["weight_scale"]
+        return inputs if scale is None or scale.dtype == inputs.dtype else inputs.to(scale.dtype)
+
     def use_macko(self) -> None:
         """Multiply single rows of input by MACKO's kernel, where `macko.fits` the layer's values."""
         if self.is_sparse and macko.fits(self.weight):
@@ -158,7 +164,7 @@ class CompressedLinear(nn.Module):
         if name == "weight" and self.is_sparse:
             mask = self.get_buffer("mask")
             device = values.device.type
-            if scale is None and torch.is_autocast_enabled(device):
+            if scale is None and has_autocast(device):
                 values = values.to(torch.get_autocast_dtype(device))  # or the product rounds all, zeros too
             return ops.expand(values, mask, bitmap.row_offsets(mask), self.mask_columns, scale)
         if values.ndim == 1:
@@ -206,6 +212,7 @@ class Int8Linear(CompressedLinear):
         self._store("weight", spec.out_features, spec.out_features * spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        inputs = self._cast(inputs)
         if self._by_kernels(inputs):
             weight = self.weight.view(self.out_features, self.in_features)
             return ops.dense_linear(inputs, weight, self.bias, self.weight_scale)
@@ -229,6 +236,7 @@ class LowRankLinear(CompressedLinear):
         self._store("weight", spec.out_features, spec.out_features, spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        inputs = self._cast(inputs)
         if self._by_kernels(inputs):
             hidden = ops.dense_linear(inputs, self.dictionary, None, self.dictionary_scale)
             return ops.dense_linear(hidden, self.weight, self.bias, self.weight_scale)
@@ -256,6 +264,7 @@ class SparseLinear(CompressedLinear):
         self._store_sparse(spec.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        inputs = self._cast(inputs)
         offsets = self.offsets
         if offsets is None or not self._by_kernels(inputs):
             return F.linear(inputs, self.dense_weight(), self.bias)
@@ -300,6 +309,7 @@ class FactorizedLinear(CompressedLinear):
         self._store_sparse(spec.rank)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        inputs = self._cast(inputs)
         offsets = self.offsets
         if offsets is None or not self._by_kernels(inputs):
             return F.linear(F.linear(inputs, self.matrix("dictionary")), self.matrix("weight"), self.bias)
@@ -328,12 +338,17 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
 
 
 def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
-    """Whether kernels can stand in for torch in a layer: they have no gradient, and autocast does not know them."""
+    """Whether kernels can stand in for torch in a layer: not for gradients, under autocast or in a transform."""
     if torch.is_grad_enabled():
         parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
         if any(tensor.requires_grad for tensor in (inputs, *parameters)):
             return False
-    return not torch.is_autocast_enabled(inputs.device.type)
+    return not has_autocast(inputs.device.type) and (torch.compiler.is_compiling() or not ops.is_transformed())
+
+
+def has_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device; on ``meta`` there is none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _check(valid: bool, spec: LayerSpec, field: str) -> None:

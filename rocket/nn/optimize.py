@@ -97,7 +97,9 @@ _ON_DEVICE = "torch's own product is good on this device"
 
 
 def _explain(name: str, module: nn.Module) -> LayerExplanation:
-    parameter = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+    parameter = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    if parameter is None:  # packed by somebody else
+        return LayerExplanation(name, "dense", "torch", "its weight is no matrix of floating numbers")
     kernel = _kernel(parameter)
     dense_kernel = kernel if parameter.device.type == "cpu" else None
     few = "memory-speed product for few rows of input"
@@ -155,7 +157,7 @@ def _kernel(parameter: Tensor) -> str | None:
     if parameter.dtype not in library.TYPES:
         return None
     if parameter.device.type == "cuda":
-        return "triton"
+        return "triton" if ops.has_triton() else None
     kernels = library.load() if parameter.device.type == "cpu" else None
     return None if kernels is None else library.PATHS[kernels.path]
 
@@ -165,6 +167,8 @@ def _why_no_kernel(parameter: Tensor) -> str:
         return f"no kernel for {parameter.dtype}"
     if parameter.device.type == "cpu":
         return "the compiled kernels are not installed, or switched off"
+    if parameter.device.type == "cuda":
+        return "Triton is not installed"
     return f"no kernel for {parameter.device.type}"
 
 

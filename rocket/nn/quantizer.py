@@ -192,8 +192,29 @@ def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> 
     model.hf_quantizer = RocketQuantizer(config, pre_quantized=True)
     model.quantization_method = "rocket"
     model.is_quantized = True
+    for part in _configs(model):
+        part._is_quantized = True  # asked by the attention of transformers 5, which else looks for an nn.Linear
     _keep_names(model)
     attach_optimize(model)
+
+
+def detach_quantizer(model: PreTrainedModel) -> None:
+    """Take back what `attach_quantizer`, or transformers, noted of a model whose layers are plain again."""
+    noted = ("hf_quantizer", "quantization_method", "_weight_conversions", "_checkpoint_conversion_mapping")
+    for holder, attributes in (
+        (model, noted),
+        (model.config, ("quantization_config", "_pre_quantization_dtype")),
+        *((part, ("_is_quantized",)) for part in _configs(model)),
+    ):
+        for attribute in attributes:
+            vars(holder).pop(attribute, None)
+    model.is_quantized = False
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedModel
+
+    return [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _keep_names(model: nn.Module) -> None:
@@ -251,6 +272,7 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     from rocket.models import Endings, check_size, find_blocks  # here, as it imports the model classes
 
     present = Endings(stored)
+    rebuilt = getattr(model, "_keys_to_ignore_on_save", None) or ()  # by transformers, whenever it makes the model
     ours = {id(tensor): f"{name}.{key}" for name, layer in layers.items() for key, tensor in _tensors_of(layer)}
     config: Any = model.config
     saved_as_this = type(model).__name__ in (config.architectures or ())
@@ -264,7 +286,7 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
         stored_name = present.find(own_name) if name in persistent else None
         if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, is_required):
             continue
-        if is_required and name not in tied:
+        if is_required and name not in tied and name not in rebuilt:
             raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
         missing += 0 if name in tied else tensor.numel()
     check_size(missing)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rocket.allocation import MAX_POINTS, MeasuredPoint, Plan, Planner
+from rocket.allocation import MAX_POINTS, Budget, MeasuredPoint, Plan, Planner
 from rocket.calib import Calibration
 from rocket.compression import compress
 from rocket.config import RocketError
@@ -84,25 +84,30 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
     """Measure what plans of at most two sizes really cost, and let them correct the prediction of all others.
 
     Each plan is built in memory; its loss, less the original's, is taken on windows of the calibration split that
-    calibration did not use, never on text that evaluation reads. Writes plans/measured.json.
+    calibration did not use, never on text that evaluation reads. Sizes that were measured before count where there is
+    room for them. Writes plans/measured.json.
     """
-    planner = profile_layers(session)
-    if planner.profiling.cost != "loss":
-        raise RocketError(f"only predicted losses can be measured; profiling.cost is {planner.profiling.cost!r}")
+    settings = session.config.profiling
+    if settings.cost != "loss":
+        raise RocketError(f"only predicted losses can be measured; profiling.cost is {settings.cost!r}")
     if len(removed_ratios) > MAX_POINTS:
         raise RocketError(f"at most {MAX_POINTS} sizes can be measured, got {len(removed_ratios)}")
-    plans = [planner.at(removed_ratio=ratio) for ratio in removed_ratios]
-    if {plan.removed_ratio for plan in plans} <= {point.removed_ratio for point in planner.measured}:
+    budgets = [Budget.of(removed_ratio=ratio) for ratio in removed_ratios]
+    if session.streams:
+        raise RocketError("measuring a size builds it in memory, where this model does not fit; plan without --measure")
+    planner = profile_layers(session)
+    asked = {plan.removed_ratio: plan for plan in map(planner.within, budgets)}
+    known = sorted(planner.measured, key=lambda point: point.removed_ratio in asked)
+    missing = [plan for ratio, plan in asked.items() if ratio not in {point.removed_ratio for point in known}]
+    if not missing:
         session.skip("measure prices")
         return planner
     model = session.model
     if not is_causal_lm(model) or calibrates_on_samples(session):
         raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
-    if session.streams:
-        raise RocketError("measuring a size builds it in memory, where this model does not fit; plan without --measure")
     measured: list[MeasuredPoint] = []
     if session.leads:
-        measured = _measure(session, plans)
+        measured = [*known, *_measure(session, missing)][-MAX_POINTS:]
         session.run.write_json("plans/measured.json", _prices_fingerprint(session), {"points": measured})
     return replace(planner, measured=session.agree(measured))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import rocket
 from rocket.calib.experts import split_number
@@ -82,6 +82,25 @@ def test_merged_model_is_the_same_function(make_model, token_ids, quick_settings
     assert weight.shape == make_model(family).get_submodule(next(iter(plan.choices))).weight.shape
 
 
+def test_tables_that_are_not_saved(byte_tokenizer, token_ids, quick_settings, tmp_path):
+    """Marian leaves out its positions, which transformers makes anew; and notes what it knows of quantized models."""
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+             {"layers": 1, "attention_heads": 4, "ffn_dim": 48}.items()}  # fmt: skip
+    config = AutoConfig.for_model("marian", **sizes, d_model=32, vocab_size=257, max_position_embeddings=64,
+                                  pad_token_id=0, decoder_start_token_id=0, eos_token_id=0)  # fmt: skip
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    calib, profiling = quick_settings
+    plan = rocket.plan(model, token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.3)
+    small = rocket.compress(model, plan)
+    save_checkpoint(small, byte_tokenizer, tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    batch = {"input_ids": token_ids[:2], "decoder_input_ids": token_ids[2:4]}
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, small(**batch).logits)
+    assert getattr(small.config, "_is_quantized", None) is True
+    assert not hasattr(merge(small).config, "_is_quantized")
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "mixtral"])
 def test_merged_experts_are_stacked_again(make_model, token_ids, quick_settings, tmp_path, family):
     """And saved under the names of the original's checkpoint, which plain transformers opens."""
@@ -124,7 +143,7 @@ def reopened(model, path):
 
 OPEN_WITHOUT_ROCKET = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
     torch.save(model(torch.arange(1, 9)[None]).logits, sys.argv[2])

@@ -100,6 +100,17 @@ def test_the_original_is_untouched(planned, plan):
     assert getattr(planned.model, "hf_quantizer", None) is None
 
 
+def test_what_is_frozen_stays_frozen(make_model, plan):
+    model = make_model("llama").requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    small = rocket.compress(model, plan)
+    compressed = {name for name, module in small.named_modules() if isinstance(module, CompressedLinear)}
+    for name, parameter in small.named_parameters():
+        assert parameter.requires_grad == ("layers.0." in name), name
+    assert any("layers.0." in name for name in compressed)
+    assert any("layers.1." in name for name in compressed)
+
+
 def test_in_place(make_model, plan):
     model = make_model("llama")
     assert rocket.compress(model, plan, inplace=True) is model

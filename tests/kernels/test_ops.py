@@ -287,6 +287,22 @@ def test_opcheck_of_int8(batch: int, bias: Tensor | None) -> None:
         torch.library.opcheck(op.default, arguments)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(6, dtype=torch.float64), torch.zeros(7)])
+def test_a_bias_that_does_not_fit(rows: int, bias: Tensor) -> None:
+    sparse = Sparse.of(torch.randn(6, 70), torch.rand(6, 70) < 0.5)
+    x, dictionary = torch.randn(rows, 70), torch.randn(70, 70)
+    with torch.no_grad():
+        for product in (
+            lambda: ops.sparse_linear(x, *sparse, 70, bias),
+            lambda: ops.sparse_linears(x, *([part] for part in sparse), 70, [bias], [None]),
+            lambda: ops.factor_linear(x, dictionary, *sparse, bias),
+            lambda: ops.dense_linear(x, dictionary[:6].contiguous(), bias),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match=r"bias is|must have the same dtype|size|shape|expand"):
+                product()
+
+
 def test_a_compiled_model_is_one_graph() -> None:
     sparse = Sparse.of(torch.randn(6, 70), torch.rand(6, 70) < 0.5)
     dictionary = torch.randn(70, 6)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rocket.kernels import bitmap
@@ -51,6 +52,39 @@ def test_forward_is_its_dense_weight(form, precision, bias, shape, kernels):
     weight = layer.dense_weight()
     assert weight.shape == (OUT, IN)
     torch.testing.assert_close(layer(inputs), F.linear(inputs, weight, layer.bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "precision"), KINDS)
+@torch.no_grad()
+def test_function_transforms_see_through_the_kernels(form, precision):
+    layer = make_layer(form, precision=precision)
+    layer.use_kernels()
+    inputs = torch.randn(4, IN, generator=torch.Generator().manual_seed(2))
+    expected, tangent = layer(inputs), torch.ones(4, IN) @ layer.dense_weight().T
+    torch.testing.assert_close(torch.func.vmap(layer)(inputs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.jvp(layer, (inputs,), (torch.ones(4, IN),))[1], tangent, rtol=1e-4, atol=1e-3)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(inputs, torch.ones(4, IN))))
+        torch.testing.assert_close(dual.tangent, tangent, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "precision"), KINDS)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_shapes_on_meta(form, precision, kernels):
+    layer = make_layer(form, precision=precision)
+    layer.use_kernels(kernels)
+    assert layer.to("meta")(torch.empty(2, IN, device="meta")).shape == (2, OUT)
+
+
+@pytest.mark.parametrize("form", [form for form, precision in KINDS if precision == "int8"])
+@pytest.mark.parametrize("kernels", [True, False])
+@torch.no_grad()
+def test_int8_takes_inputs_of_another_type(form, kernels):
+    """T5 casts to the type of a weight unless that is int8, and some of its weights are in float32 by themselves."""
+    layer = make_layer(form, precision="int8")
+    layer.use_kernels(kernels)
+    inputs = torch.ones(2, IN)
+    assert torch.equal(layer(inputs.half()), layer(inputs))
 
 
 def test_dense_weight_by_hand():

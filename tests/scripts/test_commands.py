@@ -130,7 +130,10 @@ def test_all_commands_in_turn(home):
         assert measured.exit_code == 0
         assert measured.stdout.count("measured at ") == 2
         assert "corrected" in measured.stdout
+    added = invoke(main.main, "plan", *config, "--measure", 0.4)  # beside one that was measured before
+    assert added.stdout.count("measured at ") == 2
     assert invoke(main.main, "plan", *config, *["--measure", 0.3] * 3).exit_code == 2
+    assert invoke(main.main, "plan", *config, "--measure", 30).exit_code == 2
     reported = invoke(main.main, "report", "--png", *config)
     assert reported.exit_code == 0
     for name in ("report.html", "size-quality.png", "plan.png"):

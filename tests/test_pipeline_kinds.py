@@ -1,5 +1,6 @@
 """The whole pipeline on models that are no text decoders: what they are calibrated on and measured by follows."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from transformers import (
     AutoModelForImageClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
     CLIPImageProcessor,
     Dinov2Config,
     Dinov2Model,
@@ -169,12 +173,37 @@ def check_healing(summary, *limits: str) -> None:
 def test_text_encoder(write_config, byte_tokenizer, text_file, caplog):
     torch.manual_seed(0)
     model = BertForMaskedLM(BertConfig(**WIDTHS, vocab_size=260, max_position_embeddings=32))
-    path = write_config(model, byte_tokenizer, text_file, [], [])
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    path = write_config(model, tokenizer, text_file, [str(text_file)], [])
     summary = run(path)
     assert summary.plan.removed_ratio >= 0.3
+    (before,), (after,) = (found.scores[str(text_file)] for found in (summary.original, summary.compressed))
+    assert before.name == after.name
+    assert before.name.endswith(" masked tokens")
+    assert before.value != after.value
     check_healing(summary, f"healing.source={text_file}", "healing.tokens=512", "healing.seq_len=32")
     with pytest.raises(RocketError, match=r"evaluation\.seq_len=64 exceeds the model's 32 positions"):
         run(path, f"evaluation.texts=[{text_file}]", "evaluation.seq_len=64")
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (BertForSequenceClassification, ["same of 8 predictions, %"]),
+        (BertForTokenClassification, ["same of 256 predictions, %"]),
+        (BertModel, ["feature cosine (8 windows)", "shared 5 nearest neighbours"]),
+    ],
+)
+def test_other_text_encoders(write_config, byte_tokenizer, text_file, kind, names):
+    torch.manual_seed(0)
+    model = kind(BertConfig(**WIDTHS, vocab_size=260, max_position_embeddings=32, initializer_range=0.2))
+    path = write_config(model, byte_tokenizer, text_file, [str(text_file)], [])
+    summary = run(path, "evaluation.seq_len=32", "evaluation.max_tokens=256")
+    before, after = (found.scores[str(text_file)] for found in (summary.original, summary.compressed))
+    assert [score.name for score in before] == [score.name for score in after] == names
+    assert before[0].value in (1.0, 100.0)
+    assert 0 < after[0].value <= before[0].value
 
 
 def test_images_answered_by_text(write_config, byte_tokenizer, pictures):

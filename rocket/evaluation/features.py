@@ -1,4 +1,4 @@
-"""What a model says of images: how far its features moved, and how many images it puts into the right class."""
+"""What a model says of images and texts: how far its features moved, how many it puts into the right class."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class FeatureAgreement:
-    """How alike two models' features of the same images are; 1 is alike in every figure.
+    """How alike two models' features of the same items are, images or texts; 1 is alike in every figure.
 
-    cosine: mean over the images of the cosine between the two features of an image. cosine_low, cosine_high: its 95 %
-    bootstrap interval over the images (too narrow where several are crops of one photograph). knn_overlap: mean share
-    of an image's ``neighbours`` nearest other images, by cosine, that the two models agree on.
+    cosine: mean over the items of the cosine between the two features of an item. cosine_low, cosine_high: its 95 %
+    bootstrap interval over the items (too narrow where several are of one photograph or document). knn_overlap: mean
+    share of an item's ``neighbours`` nearest other items, by cosine, that the two models agree on.
     """
 
     cosine: float
@@ -32,11 +32,11 @@ class FeatureAgreement:
     cosine_high: float
     knn_overlap: float
     neighbours: int
-    images: int
+    items: int
 
 
 def features_of_model(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
-    """One feature for each image, float32 [n, d] on the CPU, from batches of keyword arguments of the model's forward.
+    """One feature for each item, float32 [n, d] on the CPU, from batches of keyword arguments of the model's forward.
 
     The feature is what the output has, in this order: the embedding of a contrastive model (``image_embeds``), the
     pooled output, the last hidden state, the logits of a classifier. Hidden states [n, tokens, d] count by their class
@@ -50,14 +50,14 @@ def features_of_model(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Te
         for batch in batches:
             features.append(_feature(model, run_forward(model, batch)).float().cpu())
     if not features:
-        raise RocketError("features of no images; give at least one batch")
+        raise RocketError("features of nothing; give at least one batch")
     return torch.cat(features)
 
 
 def agreement(original: Tensor, compressed: Tensor, neighbours: int = 5) -> FeatureAgreement:
-    """Compare two models' features [n, d] of the same n images, in the same order.
+    """Compare two models' features [n, d] of the same n items, in the same order.
 
-    Raises RocketError if the shapes differ, there are no more images than neighbours, or a feature is not finite.
+    Raises RocketError if the shapes differ, there are no more items than neighbours, or a feature is not finite.
 
     Source of the interval: Efron and Tibshirani 1993, An introduction to the bootstrap (percentiles, 1000 resamples).
 
@@ -68,9 +68,9 @@ def agreement(original: Tensor, compressed: Tensor, neighbours: int = 5) -> Feat
     """
     if original.ndim != 2 or original.shape != compressed.shape:
         shapes = f"{tuple(original.shape)} and {tuple(compressed.shape)}"
-        raise RocketError(f"features of shapes {shapes} cannot be compared; give both models the same images")
+        raise RocketError(f"features of shapes {shapes} cannot be compared; give both models the same items")
     if not 1 <= neighbours < len(original):
-        raise RocketError(f"{neighbours} nearest neighbours among {len(original)} images: give more images")
+        raise RocketError(f"{neighbours} nearest neighbours among {len(original)} items: give more")
     _check_finite(original, "the original's features")
     _check_finite(compressed, "the compressed model's features")
     before, after = (F.normalize(features.double(), dim=1) for features in (original, compressed))
@@ -113,9 +113,7 @@ def _feature(model: Any, output: Any) -> Tensor:
             value = value[:, 0] if _has_class_token(model) else value.mean(dim=1)
         feature: Tensor = value
         return feature
-    raise RocketError(
-        f"{type(model).__name__} gives {', '.join(output.keys())}: none of these is a feature of an image"
-    )
+    raise RocketError(f"{type(model).__name__} gives {', '.join(output.keys())}: none of these is a feature")
 
 
 def _has_class_token(model: Any) -> bool:
@@ -126,7 +124,7 @@ def _check_finite(values: Tensor, what: str) -> None:
     bad = (~values.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise RocketError(
-            f"{what} are not finite for {len(bad)} of {len(values)} images (first: {bad[0]}); use model.dtype=float32"
+            f"{what} are not finite for {len(bad)} of {len(values)} items (first: {bad[0]}); use model.dtype=float32"
         )
 
 

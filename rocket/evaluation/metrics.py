@@ -24,8 +24,10 @@ from rocket.models import (
     labels_of,
     run_forward,
 )
+from rocket.models.inputs import tokenizer_of
 
 NEIGHBOURS = 5
+MASK_EVERY = 7  # about the 15 % that BERT learns from
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,52 @@ def _word_error_rate(subject: Subject) -> Measurement:
     return Measurement([*scores, Score("more than the original's", 100 * more.value, 100 * more.low, 100 * more.high)])
 
 
-def _encodes_images(subject: Subject) -> bool:
+def _fills_gaps(subject: Subject) -> bool:
+    hides = getattr(tokenizer_of(subject.processor), "mask_token_id", None) is not None
+    return _encodes_text(subject) and hides and type(subject.model).__name__.endswith("ForMaskedLM")
+
+
+def _masked_perplexity(subject: Subject) -> Measurement:
+    """exp of the mean loss at every seventh token of a window, all of which are hidden by the mask token at once."""
+    mask = tokenizer_of(subject.processor).mask_token_id
+    loss, count = 0.0, 0
+    with evaluating(subject.model):
+        for batch in subject.batches:
+            ids = batch["input_ids"]
+            hidden = ids.clone()
+            hidden[:, MASK_EVERY // 2 :: MASK_EVERY] = mask
+            scores = run_forward(subject.model, {**batch, "input_ids": hidden}).logits[hidden != ids].float()
+            targets = ids[hidden != ids].to(scores.device)
+            loss += float(F.cross_entropy(scores, targets, reduction="none").double().sum())
+            count += len(targets)
+    mean = loss / max(count, 1)
+    return Measurement([Score(f"perplexity of {count} masked tokens", math.inf if mean > 700 else math.exp(mean))])
+
+
+def _predicts_of_text(subject: Subject) -> bool:
+    predicts = "labels" in forward_arguments(subject.model) and getattr(subject.model.config, "num_labels", 2) > 1
+    return _encodes_text(subject) and predicts and not _fills_gaps(subject)
+
+
+def _same_predictions(subject: Subject) -> Measurement:
+    """Share of the predictions, a class of a text or of each of its tokens, that are the original's, in per cent."""
+    with evaluating(subject.model):
+        found = [run_forward(subject.model, batch).logits.argmax(dim=-1).flatten().cpu() for batch in subject.batches]
+    classes = torch.cat(found)
+    original = classes if subject.reference is None else subject.reference["classes"]
+    share = 100 * float((classes == original).double().mean())
+    score = Score(f"same of {len(classes)} predictions, %", share)
+    return Measurement([score], {"classes": classes} if subject.reference is None else {})
+
+
+def _encodes_text(subject: Subject) -> bool:
+    return not subject.samples and not is_causal_lm(subject.model) and not is_encoder_decoder(subject.model)
+
+
+def _gives_features(subject: Subject) -> bool:
+    if _encodes_text(subject):
+        texts = sum(len(batch["input_ids"]) for batch in subject.batches)
+        return texts > NEIGHBOURS and "labels" not in forward_arguments(subject.model)
     pictures = len(subject.samples) > NEIGHBOURS and all(sample.image is not None for sample in subject.samples)
     writes = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
     return pictures and not writes and not _classifies(subject)
@@ -141,9 +188,10 @@ def _feature_agreement(subject: Subject) -> Measurement:
     features = features_of_model(subject.model, subject.batches)
     is_original = subject.reference is None
     found = agreement(features if subject.reference is None else subject.reference["features"], features, NEIGHBOURS)
+    what = "images" if subject.samples else "windows"
     return Measurement(
         [
-            Score(f"feature cosine ({found.images} images)", found.cosine, found.cosine_low, found.cosine_high),
+            Score(f"feature cosine ({found.items} {what})", found.cosine, found.cosine_low, found.cosine_high),
             Score(f"shared {found.neighbours} nearest neighbours", found.knn_overlap),
         ],
         {"features": features} if is_original else {},
@@ -154,7 +202,9 @@ METRICS = (
     Metric("perplexity", _writes, _perplexity),
     Metric("accuracy", _classifies, _accuracy),
     Metric("word error rate", _transcribes, _word_error_rate),
-    Metric("features", _encodes_images, _feature_agreement),
+    Metric("masked tokens", _fills_gaps, _masked_perplexity),
+    Metric("predictions", _predicts_of_text, _same_predictions),
+    Metric("features", _gives_features, _feature_agreement),
 )
 
 

@@ -33,7 +33,7 @@ def test_cosine_is_the_mean_over_images_whatever_the_lengths():
     compressed = on_circle(0, 60, 90) * torch.tensor([[3.0], [0.5], [7.0]])
     result = agreement(original, compressed, neighbours=1)
     assert result.cosine == pytest.approx((1 + 0.5 + 0) / 3, abs=1e-6)
-    assert result.images == 3
+    assert result.items == 3
 
 
 def test_interval_covers_the_mean_and_shrinks_with_images():
@@ -60,7 +60,7 @@ def test_equal_features_agree_in_every_figure():
     features = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     result = agreement(features, features.clone())
     assert result == FeatureAgreement(
-        pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0), 1.0, neighbours=5, images=12
+        pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0), 1.0, neighbours=5, items=12
     )
 
 
@@ -68,7 +68,7 @@ def test_equal_features_agree_in_every_figure():
     ("original", "compressed", "message"),
     [
         (torch.ones(6, 2), torch.ones(6, 3), r"shapes \(6, 2\) and \(6, 3\) cannot be compared"),
-        (torch.ones(5, 2), torch.ones(5, 2), "5 nearest neighbours among 5 images: give more images"),
+        (torch.ones(5, 2), torch.ones(5, 2), "5 nearest neighbours among 5 items: give more"),
         (torch.ones(6, 2), torch.full((6, 2), math.nan), r"the compressed model's features are not finite for 6 of 6"),
         (torch.ones(6, 2) / 0, torch.ones(6, 2), r"the original's features .* \(first: 0\); use model.dtype=float32"),
     ],
@@ -151,5 +151,5 @@ def test_feature_by_what_the_output_has(kind):
 def test_output_without_a_feature():
     with pytest.raises(RocketError, match="Encoder gives loss: none of these is a feature"):
         features_of_model(Encoder(loss=torch.zeros(())), batches(1))
-    with pytest.raises(RocketError, match="features of no images"):
+    with pytest.raises(RocketError, match="features of nothing"):
         features_of_model(Encoder(logits=torch.zeros(1, 1)), [])

@@ -38,6 +38,9 @@ MAX_JSON_BYTES = 1 << 25
 """Of an artifact; the plan of a model with 40 000 experts takes a quarter of it."""
 _UNIQUE = secrets.token_hex(4)  # of this process, among all that write here
 
+MADE_AT_ONCE = {"run.json", "config.yaml", "log.jsonl", "usage.json"}
+"""What a run writes before it has any result."""
+
 UNCHECKED = "README.md"
 """What a folder's manifest leaves out: prose, which is completed and edited after the folder is whole."""
 
@@ -111,7 +114,7 @@ class RunDirectory:
         try:
             if (path / "run.json").exists():
                 self._check_files()
-            self._check_identity(dict(identity))
+            self._check_identity(dict(identity), may_take_over=lock == "alone")
             if lock == "alone":
                 self._clear()
         except BaseException:
@@ -150,11 +153,15 @@ class RunDirectory:
                         f"{entry} is a link or no plain file; rocket follows none in output_dir: remove it"
                     )
 
-    def _check_identity(self, identity: dict[str, object]) -> None:
+    def _check_identity(self, identity: dict[str, object], may_take_over: bool) -> None:
         content = self.read_json("run.json", expected=None)
+        own = {".lock", *(entry.name for entry in self.path.glob(".run.json.*.tmp"))}  # of one killed at its start
+        found = {entry.name for entry in self.path.iterdir()} - own
+        if content is not None and may_take_over and found <= MADE_AT_ONCE:
+            content = None  # a run that failed before it had made anything: of a mistyped model, for one
+            found = set()
         if content is None:
-            own = {".lock", *(entry.name for entry in self.path.glob(".run.json.*.tmp"))}  # of one killed at its start
-            strangers = sorted({entry.name for entry in self.path.iterdir()} - own)
+            strangers = sorted(found)
             if strangers:
                 raise RocketError(
                     f"output_dir {self.path} is not empty and holds no run (found {strangers[0]}); choose another"

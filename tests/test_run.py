@@ -166,13 +166,26 @@ def test_foreign_directory(tmp_path):
 
 @pytest.mark.parametrize("change", [{"model": "other"}, {"calib.num_samples": 8}, {"calib.seed": 1}])
 def test_directory_of_another_run(tmp_path, change):
-    RunDirectory(tmp_path, IDENTITY).close()
+    with RunDirectory(tmp_path, IDENTITY) as directory:
+        directory.write_json("calibration/index.json", MADE, {})
     ((key, value),) = change.items()
     expected = f"belongs to a run with {key}={IDENTITY.get(key)!r}, this one has {value!r}; choose another"
     with pytest.raises(RocketError) as error:
         RunDirectory(tmp_path, {**IDENTITY, **change})
     assert expected in str(error.value)
     RunDirectory(tmp_path, IDENTITY).close()  # nothing was changed, and the lock was given back
+
+
+def test_a_run_that_made_nothing_gives_its_directory_up(tmp_path):
+    """It named a model that is none, for example."""
+    with RunDirectory(tmp_path, IDENTITY) as directory:
+        directory.write_text("config.yaml", "")
+        directory.log("load model")
+    with pytest.raises(RocketError, match="belongs to a run with model="):
+        RunDirectory(tmp_path, {**IDENTITY, "model": "other"}, lock="shared")  # others may be at work
+    RunDirectory(tmp_path, {**IDENTITY, "model": "other"}).close()
+    with RunDirectory(tmp_path, {**IDENTITY, "model": "other"}) as directory:
+        assert directory.read_json("run.json", None)["model"] == "other"
 
 
 def test_directory_of_a_run_killed_at_its_first_write(tmp_path, monkeypatch):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from rocket.config.errors import RocketError
+from rocket.config.load import explain_invalid
 from rocket.config.schema import CompressionConfig
 from rocket.models import LinearLayer
 
@@ -27,20 +29,29 @@ class Budget:
 
     @classmethod
     def of(
-        cls, removed_ratio: float | None = None, kept_parameters: float | None = None, bytes: float | None = None
+        cls,
+        removed_ratio: float | None = None,
+        kept_parameters: float | str | None = None,
+        bytes: float | str | None = None,
     ) -> Budget:
-        """The one that is given."""
-        if removed_ratio is not None and kept_parameters is None and bytes is None:
-            return cls("removed_ratio", float(removed_ratio))
-        if kept_parameters is not None and removed_ratio is None and bytes is None:
-            return cls("kept_parameters", int(kept_parameters))
-        if bytes is not None and removed_ratio is None and kept_parameters is None:
-            return cls("bytes", int(bytes))
-        raise RocketError("give exactly one of removed_ratio, kept_parameters, bytes")
+        """The one that is given, written as in a config file: 0.3, 8e9 or "8B", 6e9 or "6GB"."""
+        given = {"removed_ratio": removed_ratio, "kept_parameters": kept_parameters, "bytes": bytes}
+        for kind in ("kept_parameters", "bytes"):
+            value = given[kind]
+            given[kind] = int(value) if isinstance(value, float) and math.isfinite(value) else value
+        try:
+            return cls.from_config(CompressionConfig.model_validate(given))
+        except ValidationError as error:
+            raise RocketError(explain_invalid(error, "budget")) from None
 
     @classmethod
     def from_config(cls, config: CompressionConfig) -> Budget:
-        return cls.of(config.removed_ratio, config.kept_parameters, config.bytes)
+        kinds: dict[Literal["removed_ratio", "kept_parameters", "bytes"], float | None] = {
+            "removed_ratio": config.removed_ratio,
+            "kept_parameters": config.kept_parameters,
+            "bytes": config.bytes,
+        }
+        return next(cls(kind, value) for kind, value in kinds.items() if value is not None)
 
     @property
     def name(self) -> str:

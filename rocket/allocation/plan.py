@@ -175,9 +175,15 @@ class Planner:
         return "int8" in self.profiling.precisions
 
     def at(
-        self, removed_ratio: float | None = None, kept_parameters: float | None = None, bytes: float | None = None
+        self,
+        removed_ratio: float | None = None,
+        kept_parameters: float | str | None = None,
+        bytes: float | str | None = None,
     ) -> Plan:
-        """The best plan within one of the three budgets. Raises RocketError if no combination of options fits."""
+        """The best plan within one of the three budgets, 0.3, 8e9 or "8B", 6e9 or "6GB".
+
+        Raises RocketError if no combination of options fits.
+        """
         return self.within(Budget.of(removed_ratio, kept_parameters, bytes))
 
     def within(self, budget: Budget) -> Plan:

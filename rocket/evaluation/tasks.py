@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 from rocket.evaluation.harness import language_model, load_tasks, quiet
 from rocket.evaluation.perplexity import evaluating
 from rocket.evaluation.scores import TaskResult
@@ -54,7 +54,14 @@ def _evaluate(lm: Any, name: str, metric: str, subtasks: dict[str, Any], limit: 
     asked = {task: subtasks[task] for task in chosen}
     for task in asked.values():
         task.set_config(key="num_fewshot", value=0)
-    samples = evaluate(lm, asked, samples=None if limit is None else chosen, bootstrap_iters=0)["samples"]
+    try:
+        samples = evaluate(lm, asked, samples=None if limit is None else chosen, bootstrap_iters=0)["samples"]
+    except (AssertionError, IndexError, ValueError) as error:
+        reason = first_line(error) or type(error).__name__
+        raise RocketError(
+            f"evaluation.tasks: lm-evaluation-harness cannot ask this model {name} ({reason}); the items may be longer "
+            "than its positions"
+        ) from error
     correct: list[float] = []
     chances: list[float] = []
     for key, task in asked.items():

@@ -104,9 +104,10 @@ def _open_processor(name: str, source: str, model: PreTrainedModel, options: dic
     try:
         return open_processor(source, model, **options)
     except Exception as error:
+        reason = first_line(error).removesuffix(":")
         raise RocketError(
-            f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by: "
-            f"{first_line(error)}"
+            f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by; save the "
+            f"one of its original beside it ({reason})"
         ) from error
 
 
@@ -122,6 +123,8 @@ def open_weights(name: str, source: str, *, compressed: bool = False, **options:
             _forget_gguf(model)
             return model
         asked = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+        if Path(source).is_dir() and not Path(source, "config.json").is_file():
+            raise RocketError(f"model.path={name!r} has no config.json; give the folder that a model was saved in")
         check_config_file(cached_file(source, "config.json", revision=options.get("revision")))
         config = AutoConfig.from_pretrained(source, **asked)
         if not compressed:
@@ -130,7 +133,10 @@ def open_weights(name: str, source: str, *, compressed: bool = False, **options:
     except RocketError:
         raise
     except Exception as error:  # whatever strangers write into a config, transformers raises about it
-        raise RocketError(f"model.path={name!r} is no model that can be opened: {first_line(error)}") from error
+        reason = first_line(error)
+        if isinstance(error, OSError) and "safetensors" in reason:
+            reason += " (only safetensors are read, which hold no code: open it with transformers and save it again)"
+        raise RocketError(f"model.path={name!r} is no model that can be opened: {reason}") from error
 
 
 def _open_whole(source: str, config: Any, **options: Any) -> PreTrainedModel:
@@ -171,14 +177,14 @@ def locate(path: str) -> Location:
     if path.startswith("embedded:"):
         entry, file = find_embedded(path)
         return Location(str(file.parent), file.name, entry)
-    local = Path(path)
+    local = Path(path).expanduser() if path.startswith("~") else Path(path)
     if local.suffix == ".gguf":
         if not local.is_file():
             raise RocketError(f"model.path={path!r}: no such file")
         return Location(str(local.parent), local.name)
     if (local.is_absolute() or path.startswith(".")) and not local.exists():
         raise RocketError(f"model.path={path!r}: no such directory")
-    return Location(path)
+    return Location(str(local) if path.startswith("~") else path)
 
 
 def identify_model(config: ModelConfig) -> str:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from rocket.config import RocketError
 from rocket.config.schema import HealingConfig
 from rocket.data import Sample, holds_samples, load_documents, load_samples, pack_tokens
-from rocket.models import Batch, sample_batches, takes_media, takes_text_alone, token_batches
+from rocket.evaluation import check_tasks
+from rocket.models import Batch, is_causal_lm, sample_batches, takes_media, takes_text_alone, token_batches
 from rocket.models.inputs import tokenizer_of
 from rocket.session import Session
 
@@ -33,6 +34,9 @@ def check_sources(session: Session) -> None:
         raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text alone; write [] and name samples")
     if evaluation.samples and not takes_media(model):
         raise RocketError(f"evaluation.samples={evaluation.samples}: {name} takes neither images nor speech; write []")
+    if evaluation.tasks and not is_causal_lm(model):
+        raise RocketError(f"evaluation.tasks={evaluation.tasks}: {name} is no text decoder; write []")
+    check_tasks(evaluation.tasks)
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
     if not calibrates_on_samples(session):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}

@@ -17,7 +17,9 @@ from rocket.models import target_layers
         ({"removed_ratio": 0.3}, "removed_ratio", 0.3, "removed-0.30"),
         ({"removed_ratio": 0.123}, "removed_ratio", 0.123, "removed-0.123"),
         ({"kept_parameters": 8.2e9}, "kept_parameters", 8_200_000_000, "parameters-8.2B"),
+        ({"kept_parameters": "8.2B"}, "kept_parameters", 8_200_000_000, "parameters-8.2B"),
         ({"bytes": 6_000_000_000}, "bytes", 6_000_000_000, "bytes-6GB"),
+        ({"bytes": "6GB"}, "bytes", 6_000_000_000, "bytes-6GB"),
     ],
 )
 def test_one_of_three(given, kind, value, name):
@@ -32,9 +34,27 @@ def test_not_one_of_three(given):
         Budget.of(**given)
 
 
+def test_whole_numbers_are_made_of_fractions():
+    assert Budget.of(bytes=10.7) == Budget("bytes", 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bytes": "6 apples"}, "bytes='6 apples': '6 apples' is not a size; write for example 6GB"),
+        ({"kept_parameters": "8X"}, "kept_parameters='8X': '8X' is no number; write for example 8e9 or 8B"),
+    ],
+)
+def test_no_size(given, message):
+    with pytest.raises(RocketError, match=message):
+        Budget.of(**given)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_removed_ratio_lies_between_0_and_1(ratio):
-    with pytest.raises(RocketError, match=r"removed_ratio=.* must lie between 0 and 1"):
+    with pytest.raises(
+        RocketError, match=r"removed_ratio=.*: must be a share between 0 and 1, for example 0\.3 for 30 %"
+    ):
         Budget.of(removed_ratio=ratio)
 
 

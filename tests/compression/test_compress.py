@@ -111,6 +111,12 @@ def test_what_is_frozen_stays_frozen(make_model, plan):
     assert any("layers.1." in name for name in compressed)
 
 
+@pytest.mark.parametrize("plan", [0.3, None])
+def test_what_is_no_plan(make_model, plan):
+    with pytest.raises(RocketError, match=r"the plan is a (float|NoneType); give rocket\.plan"):
+        rocket.compress(make_model("llama"), plan)
+
+
 def test_in_place(make_model, plan):
     model = make_model("llama")
     assert rocket.compress(model, plan, inplace=True) is model

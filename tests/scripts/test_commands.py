@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -194,7 +195,17 @@ def test_paths_that_are_no_model(fails, home, tmp_path):
     assert "is no model" in fails(f"model.path={home / 'texts.txt'}")
     (tmp_path / "empty").mkdir()
     message = fails(f"model.path={tmp_path / 'empty'}", f"output_dir={tmp_path / 'other'}")
-    assert "is no model that can be opened" in message
+    assert "has no config.json; give the folder that a model was saved in" in message
+    (tmp_path / "bare").mkdir()
+    for file in (home / "model").iterdir():
+        if "token" not in file.name:
+            shutil.copy(file, tmp_path / "bare")
+    message = fails(f"model.path={tmp_path / 'bare'}", f"output_dir={tmp_path / 'bare-run'}")
+    assert "brings no tokenizer or processor that LlamaForCausalLM could be fed by; save the one of" in message
+    shutil.copytree(home / "model", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    message = fails(f"model.path={tmp_path / 'pickled'}", f"output_dir={tmp_path / 'pickled-run'}")
+    assert "only safetensors are read, which hold no code: open it with transformers and save it again" in message
 
 
 @pytest.mark.parametrize("method", ["gptq", "rocket"])

@@ -37,9 +37,7 @@ def compress(
     layers that were built before (`build_tensors`). Raises RocketError when plan and model do not belong together.
     """
     if not isinstance(plan, Plan):
-        raise RocketError(
-            f"the plan is a {type(plan).__name__}; give rocket.plan(...).at(removed_ratio=0.3), or the like"
-        )
+        raise RocketError(f"the plan is a {type(plan).__name__}; give rocket.plan(...).at(removed_ratio=0.3) or alike")
     calibration = calibration or plan.calibration
     if calibration is None and built is None:
         raise RocketError("this plan was read from a file; pass the calibration it was made with")

@@ -106,8 +106,8 @@ def _open_processor(name: str, source: str, model: PreTrainedModel, options: dic
     except Exception as error:
         reason = first_line(error).removesuffix(":")
         raise RocketError(
-            f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by; save the "
-            f"one of its original beside it ({reason})"
+            f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by; save "
+            f"the one of its original beside it ({reason})"
         ) from error
 
 

@@ -52,9 +52,7 @@ def test_no_size(given, message):
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_removed_ratio_lies_between_0_and_1(ratio):
-    with pytest.raises(
-        RocketError, match=r"removed_ratio=.*: must be a share between 0 and 1, for example 0\.3 for 30 %"
-    ):
+    with pytest.raises(RocketError, match=r"removed_ratio=.*: must be a share between 0 and 1, for example 0\.3"):
         Budget.of(removed_ratio=ratio)
 
 

@@ -151,8 +151,8 @@ def test_all_commands_in_turn(home):
     ("override", "message"),
     [
         ("calib.num_sample=3", "unknown key 'calib.num_sample': did you mean 'num_samples'?"),
-        ("compression.removed_ratio=1.2", "compression.removed_ratio=1.2: Input should be less than 1"),
-        ("compression.removed_ratio=0", "compression.removed_ratio=0: Input should be greater than 0"),
+        ("compression.removed_ratio=1.2", "compression.removed_ratio=1.2: must be a share between 0 and 1"),
+        ("compression.removed_ratio=0", "compression.removed_ratio=0: must be a share between 0 and 1"),
         ("model.path=./nowhere", "model.path='./nowhere': no such directory"),
         ("model.path=nowhere.gguf", "model.path='nowhere.gguf': no such file"),
         ("model.path=embedded:nothing", "embedded models are embedded:smollm2-135m"),

@@ -18,6 +18,7 @@ from rocket.models import (
     block_of,
     features_of,
     find_blocks,
+    is_causal_lm,
     resolve_device,
     stacked_experts,
     target_layers,
@@ -30,17 +31,25 @@ from rocket.usage import process_bytes
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
 FORMS_HOLD = {
     "dense": ((0.0, 1.0), (0.0, 1.0)),
-    "low_rank": ((4.0, 12.0), (5.0, 6.0)),
-    "dictionary": ((4.0, 16.0), (5.0, 6.0)),
+    "low_rank": ((4.0, 12.0), (3.5, 5.0)),
+    "dictionary": ((4.0, 16.0), (3.5, 8.0)),
     "sparse": ((8.0, 14.0), (8.0, 14.0)),
 }
 INT8_HOLDS = 6.0  # rectangles more, while rounding to int8 is measured: a layer's values three times in float64
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
+LOSSES_BYTES = 250_000_000  # what losses take of a decoder's scores, which they read a part at a time
 TEXT_BYTES = 500_000_000  # a text being tokenised
 UNTOLD_BYTES = 500_000_000  # about what the libraries take, where the system does not tell
 UNITS = 1e9
+REMEDIES = {
+    "gather activations": "lower calib.batch_size or calib.seq_len",
+    "measure sensitivities": "lower calib.sensitivity_samples or calib.seq_len",
+    "profile layers": "leave the form sparse out (profiling.forms)",
+    "compress": "leave the form sparse out (profiling.forms)",
+    "evaluate": "lower evaluation.batch_size or evaluation.seq_len",
+}
 MOUNTED, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CGROUPS = (  # the limit, what is used of it, and what of that is only a cache of files, by its key in memory.stat
     ("", "memory.max", "memory.current", "inactive_file"),
@@ -95,7 +104,7 @@ class Memory:
         """Raise RocketError if the run would not keep to ``memory_budget`` even so."""
         used = self.used()
         stage = max(used, key=lambda stage: used[stage])
-        self._check(stage, used[stage], "allow more, lower calib.batch_size or calib.seq_len, or leave out a form")
+        self._check(stage, used[stage], f"allow more, or {REMEDIES[stage]}")
 
     def check_rewriting(self) -> None:
         """Raise RocketError if writing the weights again would not keep to ``memory_budget``."""
@@ -186,7 +195,11 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     needs["compress"] = Need(base + 2 * weights + largest, base + max(largest, copies))
     if evaluation.texts:
         tokens = evaluation.max_tokens or 2**20
-        batch = evaluation.batch_size * evaluation.seq_len * scores + TEXT_BYTES
+        written = evaluation.batch_size * evaluation.seq_len
+        if is_causal_lm(model):
+            batch = written * getattr(text, "vocab_size", 0) * itemsize + LOSSES_BYTES + TEXT_BYTES
+        else:
+            batch = written * scores + TEXT_BYTES
         states = 2 * tokens * hidden
         needs["evaluate"] = Need(base + weights + batch, base + states + batch + max(block, outside), states)
     return needs

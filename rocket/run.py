@@ -172,8 +172,8 @@ class RunDirectory:
             before, now = content.get(key), json.loads(_canonical(identity.get(key)))
             if before != now:
                 raise RocketError(
-                    f"output_dir {self.path} belongs to a run with {key}={before!r:.200}, this one has {now!r}; "
-                    "choose another with --set output_dir=..."
+                    f"output_dir {self.path} belongs to a run with {key:.80}={before!r:.200}, this one has "
+                    f"{now!r:.200}; choose another with --set output_dir=..."
                 )
 
     def has_file(self, name: str) -> bool:

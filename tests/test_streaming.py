@@ -1,6 +1,7 @@
 """A model whose blocks come from its files one by one: the same plan and the same bits as with the model in memory."""
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -269,6 +270,28 @@ def test_experts_count_in_the_estimate(write_config, monkeypatch):
     without = estimate_memory(load_config(path))
     more = memory.needs["gather activations"].streamed - without.needs["gather activations"].streamed
     assert more > 4 * 0.6 * 8 * 72**2  # what four experts of 72 hidden features read
+
+
+LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/large-models.md"])
+def test_the_documented_budget_of_a_large_model_can_be_kept(tmp_path, monkeypatch, page):
+    AutoConfig.for_model("llama", **LLAMA_8B, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    monkeypatch.setattr("rocket.memory.process_bytes", lambda _: 600_000_000)
+    root = Path(__file__).parents[1]
+    (budget,) = set(re.findall(r"memory_budget=(\d+GB)", (root / page).read_text()))
+    changes = [f"model.path={tmp_path}", "model.device=cpu", f"memory_budget={budget}"]
+    memory = estimate_memory(load_config(root / "rocket/config/default.yaml", changes))
+    assert memory.streams
+    memory.check()
+    with pytest.raises(RocketError, match=r"'profile layers' needs about .*; allow more, or leave the form sparse out"):
+        replace(memory, available=memory.available // 2).check()
+    changes += ["profiling.forms=[low_rank, dictionary]", "memory_budget=6GB"]  # the other documented one
+    estimate_memory(load_config(root / "rocket/config/default.yaml", changes)).check()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ MOST = 2**40
 """Values that one layer may have: two terabytes of them. Sums over a model's layers then fit 64-bit integers."""
 
 Whole = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
 Cost = Annotated[float, Field(ge=0.0, le=1e30, allow_inf_nan=False)]
 
 Record = TypeVar("Record")

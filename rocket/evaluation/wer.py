@@ -121,7 +121,7 @@ def _counts(references: Sequence[str], hypotheses: Sequence[str]) -> Iterator[tu
     try:
         import jiwer
     except ImportError:
-        raise RocketError("word error rates need a package: pip install 'rocket-compress[speech]'") from None
+        raise RocketError("word error rates need a package: pip install jiwer") from None
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         if not reference:
             raise RocketError("a reference has no word once normalised; leave such clips out")

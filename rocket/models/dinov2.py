@@ -60,7 +60,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError:
-        raise RocketError(f"{path} needs a package to be read: pip install 'rocket-compress[vision]'") from None
+        raise RocketError(f"{path} needs a package to be read: pip install onnx pillow scikit-learn") from None
     graph = onnx.load(str(path)).graph
     stored = {initializer.name: initializer for initializer in graph.initializer}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rocket.calib import Calibration
 from rocket.config.errors import RocketError
-from rocket.config.records import Whole, read_record
+from rocket.config.records import Positive, read_record
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import Cost, LayerProblem
 from rocket.forms import Form, Option, options_of
@@ -28,8 +28,8 @@ class LayerProfile:
 
     layer: str
     input_group: str
-    in_features: Whole
-    out_features: Whole
+    in_features: Positive
+    out_features: Positive
     cost: Cost
     damping: float
     options: tuple[Option, ...]

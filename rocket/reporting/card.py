@@ -109,7 +109,7 @@ def _opening(checkpoint: Path, config: Config, plan: Plan) -> str:
     opened = AutoConfig.from_pretrained(checkpoint, trust_remote_code=config.model.trust_remote_code)
     name = auto_class(opened).__name__
     return f"""```python
-import rocket  # pip install rocket-compress; teaches transformers the format
+import rocket  # the package rocket-compress: teaches transformers the format
 from transformers import {name}
 
 model = {name}.from_pretrained("{plan.budget.name}")

@@ -52,7 +52,7 @@ def plan(
         try:
             draw_plan(planner, points, chosen, path)
         except ImportError:
-            console.print("no picture of it: pip install 'rocket-compress[report]' brings matplotlib")
+            console.print("no picture of it: pip install matplotlib")
         else:
             console.print(f"picture: {path}", soft_wrap=True)
 
@@ -84,7 +84,7 @@ def report(
             try:
                 paths += draw_report(summary, summary.run_directory)
             except ImportError:
-                raise RocketError("--png needs matplotlib: pip install 'rocket-compress[report]'") from None
+                raise RocketError("--png needs a package: pip install matplotlib") from None
         for path in paths:
             console.print(f"report: {path}", soft_wrap=True)
 

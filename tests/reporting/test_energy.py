@@ -25,7 +25,7 @@ def test_off_costs_nothing(monkeypatch):
 def test_without_the_package(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("codecarbon")] + ["codecarbon"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(RocketError, match=r"pip install 'rocket-compress\[energy\]'"):
+    with pytest.raises(RocketError, match=r"pip install codecarbon"):
         EnergyMeter(ReportingConfig(energy=True))
 
 

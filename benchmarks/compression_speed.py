@@ -87,7 +87,7 @@ def profile_and_build(
             profiles.append(profile_layer(name, calibration.inputs[name], problem, forms, settings))
             note("profile", layer, start)
     allocation = AllocationConfig(error_cap=method == "paper")
-    planner = Planner(profiles, measure_size(model, layers.values()), settings, allocation, calibration)
+    planner = Planner(profiles, measure_size(model, layers), settings, allocation, calibration)
     with rows.stage("plan", method=method, layer_shape="all", layers=len(layers)):
         plan = planner.at(removed_ratio=0.2)
     with rows.stage("build", method=method, layer_shape="all", layers=len(layers), removed_ratio=plan.removed_ratio):

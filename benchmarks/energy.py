@@ -123,7 +123,7 @@ def main() -> None:
         profiles = rows.run(method, "profile", partial(profile, METHODS[method]), args.repeats, **size)
         rows[-1]["options"] = sum(len(profile.options) for profile in profiles)
         uniform = AllocationConfig(method="uniform")
-        planner = Planner(profiles, measure_size(model, layers.values()), METHODS[method], uniform, calibration)
+        planner = Planner(profiles, measure_size(model, layers), METHODS[method], uniform, calibration)
         plan = planner.at(removed_ratio=args.removed)
         built = rows.run(method, "build", partial(build, plan), args.repeats, **size, options=len(layers))
         rows[-1]["relative_error"] = errors(built)

@@ -94,7 +94,7 @@ class Bench:
         if name not in self.planners:
             forms = select_forms(profiling.forms)
             profiles = profile_layers(self.layers, self.calibration, forms, profiling)
-            size = measure_size(self.model, self.layers.values())
+            size = measure_size(self.model, self.layers)
             self.planners[name] = Planner(profiles, size, profiling, allocation, self.calibration)
         return replace(self.planners[name], allocation=allocation)
 
@@ -146,7 +146,7 @@ def forms_of(plan: Plan) -> str:
 
 def stored_as(bench: Bench, weights: Weights, values: int, mask_bits: int, forms: str) -> Compressed:
     """What a baseline's layers take: stored values, and the bits of their masks, as our own forms are counted."""
-    size = measure_size(bench.model, bench.layers.values())
+    size = measure_size(bench.model, bench.layers)
     total = values * size.itemsize + mask_bits // 8 + size.other_bytes
     return Compressed(weights, 1 - values / size.target_parameters, 1 - total / size.bytes, forms)
 

@@ -67,7 +67,7 @@ def plan(
         statistics = calibrate(model, layers, batches, material(wanted, SENSITIVITY_BATCH) if wanted else ())
         layers = statistics.known(layers)
         profiles = profile_layers(layers, statistics, forms, profiling)
-        size = measure_size(model, layers.values())
+        size = measure_size(model, layers)
     return Planner(profiles, size, profiling, calibration=statistics)
 
 

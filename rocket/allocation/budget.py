@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
@@ -80,14 +81,23 @@ def _short(value: float, units: str) -> str:
     return f"{value:.0f}"
 
 
+Itemsize = Annotated[int, Field(ge=1, le=16)]
+
+
 @dataclass(frozen=True)
 class ModelSize:
-    """What the model stores: the target layers' weights, everything else, and bytes a value of a target layer takes."""
+    """What the model stores: the target layers' weights, everything else, and bytes a value of a target layer takes.
+
+    ``itemsizes`` are those of target layers whose values take other than ``itemsize`` bytes, as T5 has in float16;
+    ``extra_bytes`` is what they take more by that, or less.
+    """
 
     target_parameters: Annotated[int, Field(ge=1, le=2**60)]
     other_parameters: Annotated[int, Field(ge=0, le=2**60)]
     other_bytes: Annotated[int, Field(ge=0, le=2**60)]
-    itemsize: Annotated[int, Field(ge=1, le=16)]
+    itemsize: Itemsize
+    itemsizes: dict[str, Itemsize] = field(default_factory=dict)
+    extra_bytes: Annotated[int, Field(ge=-(2**60), le=2**60)] = 0
 
     @property
     def parameters(self) -> int:
@@ -95,18 +105,29 @@ class ModelSize:
 
     @property
     def bytes(self) -> int:
-        return self.target_parameters * self.itemsize + self.other_bytes
+        return self.target_parameters * self.itemsize + self.extra_bytes + self.other_bytes
+
+    def itemsize_of(self, layer: str) -> int:
+        """Bytes that a value of a target layer takes."""
+        return self.itemsizes.get(layer, self.itemsize)
 
 
-def measure_size(model: nn.Module, targets: Iterable[LinearLayer]) -> ModelSize:
+def measure_size(model: nn.Module, targets: Mapping[str, LinearLayer]) -> ModelSize:
     """Count a model's tensors, tied ones once. Biases of target layers belong to the rest, as they stay."""
-    weights = {layer.weight for layer in targets}
+    weights = {layer.weight for layer in targets.values()}
+    itemsize = Counter(weight.element_size() for weight in weights).most_common(1)[0][0]
     others = [tensor for tensor in [*model.parameters(), *_persistent_buffers(model)] if tensor not in weights]
     return ModelSize(
         target_parameters=sum(weight.numel() for weight in weights),
         other_parameters=sum(tensor.numel() for tensor in others if isinstance(tensor, nn.Parameter)),
         other_bytes=sum(tensor.numel() * tensor.element_size() for tensor in others),
-        itemsize=max(weight.element_size() for weight in weights),
+        itemsize=itemsize,
+        itemsizes={
+            name: layer.weight.element_size()
+            for name, layer in targets.items()
+            if layer.weight.element_size() != itemsize
+        },
+        extra_bytes=sum(weight.numel() * (weight.element_size() - itemsize) for weight in weights),
     )
 
 

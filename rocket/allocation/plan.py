@@ -66,7 +66,8 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors of the compressed checkpoint, masks included."""
-        return sum(option.bytes(self.size.itemsize) for option in self.choices.values()) + self.size.other_bytes
+        kept = sum(option.bytes(self.size.itemsize_of(layer)) for layer, option in self.choices.items())
+        return kept + self.size.other_bytes
 
     @property
     def removed_ratio(self) -> float:
@@ -240,7 +241,8 @@ class Planner:
 
     def _sizes(self, profile: LayerProfile, budget: Budget) -> np.ndarray:
         if budget.kind == "bytes":
-            return np.array([option.bytes(self.size.itemsize) for option in profile.options], dtype=np.int64)
+            itemsize = self.size.itemsize_of(profile.layer)
+            return np.array([option.bytes(itemsize) for option in profile.options], dtype=np.int64)
         return np.array([option.parameters for option in profile.options], dtype=np.int64)
 
     def _reachable(self, budget: Budget, smallest: int) -> str:

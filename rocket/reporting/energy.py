@@ -38,9 +38,7 @@ class EnergyMeter:
         try:
             from codecarbon.input import DataSource
         except ImportError:
-            raise RocketError(
-                "reporting.energy=true needs a package: pip install codecarbon"
-            ) from None
+            raise RocketError("reporting.energy=true needs a package: pip install codecarbon") from None
         if config.country is not None and config.country not in DataSource().get_global_energy_mix_data():
             raise RocketError(f"reporting.country={config.country!r}: codecarbon knows no such country; write null")
         with self.measure(Usage()):  # the first time takes seconds, to find the hardware: no stage is charged for them

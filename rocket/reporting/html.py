@@ -118,7 +118,7 @@ def _corrected(summary: Summary) -> float | None:
 def _layers(summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
     """For each layer its shape, every profiled option by form as [removed %, cost], and the chosen one."""
     for profile in summary.planner.profiles:
-        choice = summary.plan.choices[profile.layer]
+        choice, itemsize = summary.plan.choices[profile.layer], summary.plan.size.itemsize_of(profile.layer)
         options: dict[str, list[list[float]]] = {}
         for option in profile.options:
             removed = 100 * (1 - option.parameters / profile.parameters)
@@ -133,8 +133,8 @@ def _layers(summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
                     round(100 * (1 - choice.parameters / profile.parameters), 2),
                     float(f"{choice.cost:.4g}"),
                 ],
-                "bytes": choice.bytes(summary.plan.size.itemsize),
-                "dense_bytes": profile.parameters * summary.plan.size.itemsize,
+                "bytes": choice.bytes(itemsize),
+                "dense_bytes": profile.parameters * itemsize,
             },
         )
 

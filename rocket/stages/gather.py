@@ -129,7 +129,7 @@ def _waypoints(session: Session) -> Waypoints:
 
 
 def _write_index(session: Session, calibration: Calibration) -> None:
-    size = measure_size(session.model, calibration.known(session.layers).values())
+    size = measure_size(session.model, calibration.known(session.layers))
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}
     if session.leads:
         session.run.write_json("calibration/index.json", session.calibration_fingerprint, index)

@@ -58,11 +58,18 @@ def test_removed_ratio_lies_between_0_and_1(ratio):
 
 def test_size_counted_by_hand():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5, bias=False)).to(torch.bfloat16)
-    size = measure_size(model, [model[0]])
+    size = measure_size(model, {"0": model[0]})
     assert size.target_parameters == 12
     assert size.other_parameters == 4 + 8 + 20
     assert size.other_bytes == 2 * (4 + 8 + 20) + 2 * 8 + 8  # running statistics, and an int64 counter
     assert (size.itemsize, size.parameters, size.bytes) == (2, 44, 24 + size.other_bytes)
+
+
+def test_size_of_layers_of_several_types():
+    layers = {"a": nn.Linear(3, 4).half(), "b": nn.Linear(4, 5), "c": nn.Linear(5, 6).half()}
+    size = measure_size(nn.ModuleDict(layers), layers)
+    assert [size.itemsize_of(name) for name in "abc"] == [2, 4, 2]
+    assert size.bytes == 2 * 12 + 4 * 20 + 2 * 30 + 2 * 4 + 4 * 5 + 2 * 6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox", "opt", "gpt2"])
@@ -71,7 +78,7 @@ def test_size_is_that_of_the_file(make_model, tmp_path, family, dtype):
     """Tied embeddings are counted once, as they are stored once."""
     model = make_model(family, dtype)
     model.save_pretrained(tmp_path)
-    size = measure_size(model, target_layers(model).values())
+    size = measure_size(model, target_layers(model))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 (no mapping)
     assert size.bytes == sum(tensor.nbytes for tensor in tensors)

@@ -15,6 +15,7 @@ import rocket
 from rocket.calib.experts import split_number
 from rocket.compression import merge, save_checkpoint, stored_values
 from rocket.config.errors import RocketError
+from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.forms import Option
 from rocket.models import ExpertLinears, find_blocks
 from rocket.nn import CompressedLinear
@@ -49,6 +50,29 @@ def test_bytes_budget_holds_on_disk(make_model, token_ids, quick_settings, tmp_p
     model.save_pretrained(tmp_path)
     written = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     assert written == plan.bytes <= 0.85 * dense
+
+
+def test_bytes_of_a_model_of_two_types(byte_tokenizer, token_ids, tmp_path):
+    """T5 in float16 keeps some weights in float32; its int8 layers run, too."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 257}
+    config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5", dtype=torch.float16).eval()
+    dense = sum({parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}.values())
+    profiling = ProfilingConfig(cost="activation", precisions=["float", "int8"])
+    planner = rocket.plan(model, token_ids, calib=CalibConfig(num_samples=16), profiling=profiling)
+    plan = planner.at(bytes=0.6 * dense)
+    assert planner.size.bytes == dense
+    assert len(planner.size.itemsizes) == 2
+    assert {plan.choices[name].precision for name in planner.size.itemsizes} == {"int8"}
+    small = rocket.compress(model, plan)
+    small.save_pretrained(tmp_path / "small")
+    written = sum(tensor.nbytes for tensor in load_file(tmp_path / "small" / "model.safetensors").values())
+    assert written == plan.bytes <= 0.6 * dense
+    batch = {"input_ids": token_ids[:2], "decoder_input_ids": token_ids[2:4]}
+    with torch.no_grad():
+        expected = small(**batch).logits
+        torch.testing.assert_close(rocket.optimize(small)(**batch).logits, expected, rtol=0.02, atol=0.02)
 
 
 def test_round_trip_guard(make_model, token_ids, quick_settings, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 
 from rocket.config import Config, RocketError
 from rocket.config.schema import ProfilingConfig
+from rocket.factorization.sparse import KEPT_INVERSES
 from rocket.models import (
     LinearLayer,
     block_of,
@@ -31,10 +32,11 @@ from rocket.usage import process_bytes
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
 FORMS_HOLD = {
     "dense": ((0.0, 1.0), (0.0, 1.0)),
-    "low_rank": ((4.0, 12.0), (3.5, 5.0)),
-    "dictionary": ((4.0, 16.0), (3.5, 8.0)),
-    "sparse": ((8.0, 14.0), (8.0, 14.0)),
+    "low_rank": ((4.0, 12.0), (2.5, 5.0)),
+    "dictionary": ((4.0, 16.0), (2.5, 8.0)),
+    "sparse": ((4.5, 12.0), (4.5, 9.0)),
 }
+INVERSES = 4.0  # squares more for the form sparse, where several inverses are kept
 INT8_HOLDS = 6.0  # rectangles more, while rounding to int8 is measured: a layer's values three times in float64
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
@@ -222,7 +224,11 @@ def _gram_bytes(features: Sequence[int]) -> float:
 
 def _layer_bytes(out_features: int, in_features: int, settings: ProfilingConfig) -> float:
     square, rectangle = 4 * in_features * in_features, 4 * in_features * out_features
-    held = [FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[in_features > out_features] for form in ("dense", *settings.forms)]
+    is_wide = in_features > out_features
+    held = [FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[is_wide] for form in ("dense", *settings.forms)]
+    if "sparse" in settings.forms and in_features <= KEPT_INVERSES:
+        squares, rectangles = FORMS_HOLD["sparse"][is_wide]
+        held.append((squares + INVERSES, rectangles))
     rounding = INT8_HOLDS if "int8" in settings.precisions else 0.0
     return max(squares * square + (rectangles + rounding) * rectangle for squares, rectangles in held)
 

@@ -29,7 +29,8 @@ class LayerProblem:
     - ``activation``: E‖Δx‖² / E‖Wx‖² = tr(ΔGΔᵀ) / tr(WGWᵀ)
     - ``loss``: ½ Σ_j φ_j δ_j G δ_jᵀ, the expected increase of the loss per token, in nats
 
-    ``shrinkage`` is the share by which `tempered` trusts the correlations between inputs less.
+    ``shrinkage`` is the share by which `tempered` trusts the correlations between inputs less; ``trust`` is how far
+    this problem does: the off-diagonal of G counts for so much.
 
     >>> problem = LayerProblem(torch.eye(2), torch.diag(torch.tensor([1.0, 4.0])), torch.ones(2), "loss")
     >>> problem.evaluate(torch.diag(torch.tensor([1.0, 0.0])))
@@ -41,6 +42,7 @@ class LayerProblem:
     sensitivity: Tensor | None = None
     cost: Cost = "weight"
     shrinkage: float = 0.0
+    trust: float = 1.0
 
     def __post_init__(self) -> None:
         out_features, in_features = self.weight.shape
@@ -76,16 +78,17 @@ class LayerProblem:
         """
         if self.shrinkage == 0.0 and self.column_weights is None:
             return self
-        gram = self.gram
-        if self.shrinkage:
-            gram = (1.0 - self.shrinkage) * gram
-            gram.diagonal().copy_(self.gram.diagonal())
-        return replace(self, gram=gram, sensitivity=self.column_weights, shrinkage=0.0)
+        trust = self.trust * (1.0 - self.shrinkage)
+        return replace(self, sensitivity=self.column_weights, shrinkage=0.0, trust=trust)
 
     @cached_property
     def whitening(self) -> Whitening:
         """S, for layers of fewer inputs than outputs; others need none (`target`)."""
-        return whiten(self.gram)
+        gram = self.gram
+        if self.trust < 1.0:
+            gram = self.trust * gram
+            gram.diagonal().copy_(self.gram.diagonal())
+        return whiten(gram)
 
     @property
     def damping(self) -> float:
@@ -111,7 +114,15 @@ class LayerProblem:
     @cached_property
     def output_gram(self) -> Tensor:
         """ZᵀZ [out, out] in float64 for Z = S Wᵀ, columns scaled by √φ for ``loss``: W G Wᵀ, which takes no S."""
-        return _output_gram(self.weighted, self.gram)
+        weight = self.weighted
+        total = weight.new_zeros(self.out_features, self.out_features)
+        for start in range(0, self.in_features, AT_ONCE):
+            columns = slice(start, start + AT_ONCE)
+            panel = weight @ self.gram[:, columns].double()
+            if self.trust < 1.0:
+                panel.lerp_(weight[:, columns] * self.gram.diagonal()[columns].double(), 1.0 - self.trust)
+            total.addmm_(panel, weight[:, columns].T)
+        return total
 
     @cached_property
     def target(self) -> Tensor:
@@ -181,17 +192,11 @@ class LayerProblem:
             delta = weight[rows].double() - self.weight[rows].double()
             for first in range(0, self.in_features, AT_ONCE):
                 columns = slice(first, first + AT_ONCE)
-                errors = ((delta @ self.gram[:, columns].double()) * delta[:, columns]).sum(dim=1)
+                images = delta @ self.gram[:, columns].double()
+                if self.trust < 1.0:
+                    images.lerp_(delta[:, columns] * self.gram.diagonal()[columns].double(), 1.0 - self.trust)
+                errors = (images * delta[:, columns]).sum(dim=1)
                 error += float(
                     (errors if self.column_weights is None else errors * self.column_weights[rows] ** 2).sum()
                 )
         return self.to_cost(error)
-
-
-def _output_gram(weight: Tensor, gram: Tensor) -> Tensor:
-    """W G Wᵀ [out, out], a panel of G in float64 at a time."""
-    total = weight.new_zeros(len(weight), len(weight))
-    for columns in range(0, len(gram), AT_ONCE):
-        panel = gram[:, columns : columns + AT_ONCE].to(weight.dtype)
-        total.addmm_(weight @ panel, weight[:, columns : columns + AT_ONCE].T)
-    return total

@@ -76,6 +76,8 @@ def scale_problem(problem: LayerProblem) -> ScaledProblem:
     for rows, scaled in zip(problem.gram.split(ROWS_AT_ONCE), correlations.split(ROWS_AT_ONCE), strict=True):
         start = scaled.storage_offset() // len(correlations)
         scaled.copy_(rows.double() / columns[start : start + len(rows), None] / columns)
+    if problem.trust < 1.0:
+        correlations.mul_(problem.trust)
     correlations.fill_diagonal_(1.0)
     outputs = torch.ones(problem.out_features, dtype=torch.float64, device=columns.device)
     if problem.column_weights is not None:
@@ -119,9 +121,11 @@ class Quadratic:
         if penalty not in self._inverses:
             if len(self.gram) > KEPT_INVERSES:
                 self._inverses.clear()
-            damped = self.gram.clone()
-            damped.diagonal().add_(penalty)
-            self._inverses[penalty] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            # In columns, as LAPACK wants it: inverted in place, as a wide layer's matrix takes gigabytes.
+            damped = torch.empty_like(self.gram, memory_format=torch.contiguous_format).T
+            damped.copy_(self.gram).diagonal().add_(penalty)
+            torch.linalg.cholesky(damped, out=damped)
+            self._inverses[penalty] = torch.cholesky_inverse(damped, out=damped)
         return self._inverses[penalty]
 
     def select_support(self, count: int, start: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rocket.factorization.problem import LayerProblem
+from rocket.factorization.sparse import scale_problem
 
 OUT, IN, TOKENS = 5, 7, 300
 
@@ -65,12 +66,27 @@ def test_outputs_without_gradient_still_cost_a_little():
 def test_tempered_problems_trust_correlations_and_sensitivities_less():
     gram, sensitivity = torch.tensor([[4.0, 2.0], [2.0, 9.0]]), torch.tensor([16.0, 81.0])
     question = LayerProblem(torch.eye(2), gram, sensitivity, "loss", shrinkage=0.25)
-    assert question.tempered.gram.tolist() == [[4.0, 1.5], [1.5, 9.0]]
     assert question.tempered.sensitivity.tolist() == pytest.approx([4.0, 9.0])
-    assert question.tempered.tempered.gram.tolist() == [[4.0, 1.5], [1.5, 9.0]]
+    assert question.tempered.trust == question.tempered.tempered.trust == 0.75
     assert LayerProblem(torch.eye(2), gram, sensitivity, "activation", 0.25).tempered.sensitivity is None
     untouched = LayerProblem(torch.eye(2), gram, sensitivity, "weight")
     assert untouched.tempered is untouched
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)])
+@pytest.mark.parametrize("cost", ["activation", "loss"])
+def test_less_trust_is_a_gram_matrix_with_smaller_correlations(make_problem, shape, cost):
+    tempered = make_problem(*shape, cost, shrinkage=0.3).tempered
+    gram = 0.7 * tempered.gram.double()
+    gram.diagonal().copy_(tempered.gram.diagonal())
+    same = LayerProblem(tempered.weight, gram, tempered.sensitivity, cost)
+    other = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert tempered.evaluate(other) == pytest.approx(same.evaluate(other), rel=1e-6)
+    torch.testing.assert_close(tempered.output_gram, same.output_gram)
+    torch.testing.assert_close(tempered.basis.scales, same.basis.scales)
+    scaled, expected = scale_problem(tempered), scale_problem(same)
+    torch.testing.assert_close(scaled.gram, expected.gram)
+    torch.testing.assert_close(scaled.weight, expected.weight)
 
 
 def test_a_layer_of_zeros_costs_nothing():

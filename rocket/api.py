@@ -20,6 +20,7 @@ from rocket.models import (
     refuse_offloaded,
     refuse_quantized,
     sample_batches,
+    takes_text_alone,
     target_layers,
     token_batches,
     unstacked_experts,
@@ -102,7 +103,7 @@ def _material(
 def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
     if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
         raise ValueError(f"calibration is {ids.dtype} {list(ids.shape)}; token ids are integers [samples, seq_len]")
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings() if takes_text_alone(model) else None
     first, last = int(ids.min()), int(ids.max())
     if isinstance(table, torch.nn.Embedding) and not 0 <= first <= last < table.num_embeddings:
         raise ValueError(f"calibration has token ids from {first} to {last}, the model {table.num_embeddings} tokens")

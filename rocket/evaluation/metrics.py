@@ -133,8 +133,9 @@ def _word_error_rate(subject: Subject) -> Measurement:
 
 
 def _fills_gaps(subject: Subject) -> bool:
-    hides = getattr(tokenizer_of(subject.processor), "mask_token_id", None) is not None
-    return _encodes_text(subject) and hides and type(subject.model).__name__.endswith("ForMaskedLM")
+    if not _encodes_text(subject) or not type(subject.model).__name__.endswith("ForMaskedLM"):
+        return False
+    return getattr(tokenizer_of(subject.processor), "mask_token_id", None) is not None
 
 
 def _masked_perplexity(subject: Subject) -> Measurement:

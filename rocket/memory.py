@@ -32,8 +32,8 @@ from rocket.usage import process_bytes
 # inputs than outputs, and where it has more; of benchmarks/streaming.py and benchmarks/compression_speed.py.
 FORMS_HOLD = {
     "dense": ((0.0, 1.0), (0.0, 1.0)),
-    "low_rank": ((4.0, 12.0), (2.5, 5.0)),
-    "dictionary": ((4.0, 16.0), (2.5, 8.0)),
+    "low_rank": ((4.0, 12.0), (3.0, 5.0)),
+    "dictionary": ((4.0, 17.0), (3.0, 8.0)),
     "sparse": ((4.5, 12.0), (4.5, 9.0)),
 }
 INVERSES = 4.0  # squares more for the form sparse, where several inverses are kept

@@ -4,7 +4,7 @@ A tiny random Llama goes through the whole pipeline, from calibration to evaluat
 in a new directory, the same command is killed by SIGKILL after a time drawn evenly from the undisturbed run's duration,
 and started again to the end. Its plan and every tensor of its checkpoint are compared with the undisturbed run's, bit
 for bit. The stage in work is the first that the killed run's log lacks. Calibration leaves a waypoint at every block,
-not one a minute, which so short a run would not see. Every second run is streamed, in bfloat16 from a checkpoint in
+not one a minute, which so short a run would not see. Half of the runs are streamed, in bfloat16 from a checkpoint in
 float32, so that it is written again first.
 
 Each run is a process of its own, forked from one that has imported rocket and opened no run: a fresh interpreter would

@@ -157,17 +157,14 @@ class RunDirectory:
         content = self.read_json("run.json", expected=None)
         own = {".lock", *(entry.name for entry in self.path.glob(".run.json.*.tmp"))}  # of one killed at its start
         found = {entry.name for entry in self.path.iterdir()} - own
-        if content is not None and may_take_over and found <= MADE_AT_ONCE:
-            content = None  # a run that failed before it had made anything: of a mistyped model, for one
-            found = set()
-        if content is None:
-            strangers = sorted(found)
-            if strangers:
-                raise RocketError(
-                    f"output_dir {self.path} is not empty and holds no run (found {strangers[0]}); choose another"
-                )
+        # To be had: an empty one, and that of a run that failed before it made anything, of a mistyped model for one.
+        if not found if content is None else may_take_over and found <= MADE_AT_ONCE:
             self.write_json("run.json", fingerprint(), identity)
             return
+        if content is None:
+            raise RocketError(
+                f"output_dir {self.path} is not empty and holds no run (found {min(found)}); choose another"
+            )
         for key in sorted(identity.keys() | content.keys()):
             before, now = content.get(key), json.loads(_canonical(identity.get(key)))
             if before != now:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -193,6 +194,7 @@ def test_text_encoder(write_config, byte_tokenizer, text_file, caplog):
         (BertForSequenceClassification, ["same of 8 predictions, %"]),
         (BertForTokenClassification, ["same of 256 predictions, %"]),
         (BertModel, ["feature cosine (8 windows)", "shared 5 nearest neighbours"]),
+        (BertForPreTraining, []),  # two heads
     ],
 )
 def test_other_text_encoders(write_config, byte_tokenizer, text_file, kind, names):
@@ -202,8 +204,9 @@ def test_other_text_encoders(write_config, byte_tokenizer, text_file, kind, name
     summary = run(path, "evaluation.seq_len=32", "evaluation.max_tokens=256")
     before, after = (found.scores[str(text_file)] for found in (summary.original, summary.compressed))
     assert [score.name for score in before] == [score.name for score in after] == names
-    assert before[0].value in (1.0, 100.0)
-    assert 0 < after[0].value <= before[0].value
+    if names:
+        assert before[0].value in (1.0, 100.0)
+        assert 0 < after[0].value <= before[0].value
 
 
 def test_images_answered_by_text(write_config, byte_tokenizer, pictures):

@@ -114,7 +114,7 @@ def make_layer(
     layer.load_state_dict(state, assign=True)
     for name, parameter in layer.named_parameters():
         like = linear.bias if name == "bias" else linear.weight
-        parameter.requires_grad_(parameter.is_floating_point() and parameter.requires_grad and like.requires_grad)
+        parameter.requires_grad_(parameter.requires_grad and like.requires_grad)
     return layer.to(linear.weight.device).train(linear.training)
 
 

@@ -13,7 +13,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Length = Annotated[int, Field(ge=8, le=2**31)]
 DType = Literal["float32", "bfloat16", "float16"]
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_bytes(value: object) -> object:
@@ -40,10 +51,12 @@ def parse_count(value: object) -> object:
     (8000000000, 135000000, 7)
     """
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMBT]?)\s*", value.upper().replace("E", "e"))
-        if match is None:
-            raise ValueError(f"{value!r} is no number; write for example 8e9 or 8B")
-        value = round(float(match[1]) * 1000.0 ** " KMBT".index(match[2] or " "), 3)
+        text = value.strip().upper()
+        power = "KMBT".find(text[-1:]) + 1 if text else 0
+        try:
+            value = round(float(text[:-1] if power else text) * 1000.0**power, 3)
+        except ValueError:
+            raise ValueError(f"{value!r} is no number; write for example 8e9 or 8B") from None
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -51,7 +64,7 @@ def parse_share(value: object) -> object:
     """A number between 0 and 1; per cent are not taken for it, nor it for them."""
     try:
         share = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         share = math.nan
     if isinstance(value, bool) or not 0.0 < share < 1.0:
         raise ValueError("must be a share between 0 and 1, for example 0.3 for 30 %")

@@ -28,21 +28,23 @@ def load_tasks(names: Sequence[str], offline: bool | None) -> dict[str, dict[str
 
     offline as in `zero_shot`. Raises RocketError for unknown names and unreachable data.
     """
-    packaged = [] if offline is False else packaged_tasks()
-    remote = [name for name in names if name not in packaged]
-    manager = _task_manager() if remote and not offline else None
-    for name in remote:
-        _check_known(name, manager.all_tasks if manager else [])
+    remote, manager = _not_packaged(names, offline)
     return {name: _load_from_hub(manager, name) if name in remote else _load_packaged(name) for name in names}
 
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raise RocketError for names that are no tasks; quick where all are packaged."""
-    packaged = packaged_tasks()
+    _not_packaged(names, offline=None)
+
+
+def _not_packaged(names: Sequence[str], offline: bool | None) -> tuple[list[str], Any]:
+    """The names to be loaded from the hub, and the harness's manager of them if it may. RocketError for unknown ones."""
+    packaged = [] if offline is False else packaged_tasks()
     remote = [name for name in names if name not in packaged]
-    known = _task_manager().all_tasks if remote else []
+    manager = _task_manager() if remote and not offline else None
     for name in remote:
-        _check_known(name, known)
+        _check_known(name, manager.all_tasks if manager else [])
+    return remote, manager
 
 
 def language_model(model: Any, tokenizer: Any, batch_size: int, terminal: Console) -> Any:

@@ -84,16 +84,25 @@ def _writes(subject: Subject) -> bool:
 
 def _perplexity(subject: Subject) -> Measurement:
     """exp of the mean loss of the labels: of an answer given its image, of a text's second half given its first."""
+
+    def predicted(batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = labels_of(subject.model, batch)
+        assert labels is not None
+        return label_scores(subject.model, run_forward(subject.model, batch).logits, labels)
+
+    return Measurement([Score("perplexity", _exp_of_loss(subject, predicted)[0])])
+
+
+def _exp_of_loss(subject: Subject, predicted: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """exp of the mean loss, and over how many predictions; ``predicted``: scores [n, classes] and targets of a batch."""
     loss, count = 0.0, 0
     with evaluating(subject.model):
         for batch in subject.batches:
-            labels = labels_of(subject.model, batch)
-            assert labels is not None
-            scores, targets = label_scores(subject.model, run_forward(subject.model, batch).logits, labels)
+            scores, targets = predicted(batch)
             loss += float(F.cross_entropy(scores, targets, reduction="none").double().sum())
             count += len(targets)
     mean = loss / max(count, 1)
-    return Measurement([Score("perplexity", math.inf if mean > 700 else math.exp(mean))])
+    return math.inf if mean > 700 else math.exp(mean), count
 
 
 def _classifies(subject: Subject) -> bool:
@@ -141,18 +150,16 @@ def _fills_gaps(subject: Subject) -> bool:
 def _masked_perplexity(subject: Subject) -> Measurement:
     """exp of the mean loss at every seventh token of a window, all of which are hidden by the mask token at once."""
     mask = tokenizer_of(subject.processor).mask_token_id
-    loss, count = 0.0, 0
-    with evaluating(subject.model):
-        for batch in subject.batches:
-            ids = batch["input_ids"]
-            hidden = ids.clone()
-            hidden[:, MASK_EVERY // 2 :: MASK_EVERY] = mask
-            scores = run_forward(subject.model, {**batch, "input_ids": hidden}).logits[hidden != ids].float()
-            targets = ids[hidden != ids].to(scores.device)
-            loss += float(F.cross_entropy(scores, targets, reduction="none").double().sum())
-            count += len(targets)
-    mean = loss / max(count, 1)
-    return Measurement([Score(f"perplexity of {count} masked tokens", math.inf if mean > 700 else math.exp(mean))])
+
+    def predicted(batch: Batch) -> tuple[Tensor, Tensor]:
+        ids = batch["input_ids"]
+        hidden = ids.clone()
+        hidden[:, MASK_EVERY // 2 :: MASK_EVERY] = mask
+        scores = run_forward(subject.model, {**batch, "input_ids": hidden}).logits[hidden != ids].float()
+        return scores, ids[hidden != ids].to(scores.device)
+
+    value, count = _exp_of_loss(subject, predicted)
+    return Measurement([Score(f"perplexity of {count} masked tokens", value)])
 
 
 def _predicts_of_text(subject: Subject) -> bool:
@@ -162,8 +169,13 @@ def _predicts_of_text(subject: Subject) -> bool:
 
 def _same_predictions(subject: Subject) -> Measurement:
     """Share of the predictions, a class of a text or of each of its tokens, that are the original's, in per cent."""
+    found = []
     with evaluating(subject.model):
-        found = [run_forward(subject.model, batch).logits.argmax(dim=-1).flatten().cpu() for batch in subject.batches]
+        for batch in subject.batches:
+            logits = getattr(run_forward(subject.model, batch), "logits", None)
+            if logits is None:  # several heads, each with scores by another name
+                return Measurement([])
+            found.append(logits.argmax(dim=-1).flatten().cpu())
     classes = torch.cat(found)
     original = classes if subject.reference is None else subject.reference["classes"]
     share = 100 * float((classes == original).double().mean())

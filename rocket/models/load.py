@@ -212,7 +212,7 @@ def identify_model(config: ModelConfig) -> str:
             digest.update(f"{file.name}:{size}".encode())
             every, length = (READ_WHOLE, READ_WHOLE) if size <= READ_WHOLE else (SAMPLE_EVERY, SAMPLED_BYTES)
             with file.open("rb") as handle:
-                for position in (*range(0, size, every), max(0, size - length)):
+                for position in sorted({*range(0, size, every), max(0, size - length)}):
                     handle.seek(position)
                     digest.update(handle.read(length))
     return digest.hexdigest()

@@ -19,7 +19,9 @@ from rocket.models import target_layers
         ({"kept_parameters": 8.2e9}, "kept_parameters", 8_200_000_000, "parameters-8.2B"),
         ({"kept_parameters": "8.2B"}, "kept_parameters", 8_200_000_000, "parameters-8.2B"),
         ({"bytes": 6_000_000_000}, "bytes", 6_000_000_000, "bytes-6GB"),
+        ({"kept_parameters": "8.2e+9"}, "kept_parameters", 8_200_000_000, "parameters-8.2B"),
         ({"bytes": "6GB"}, "bytes", 6_000_000_000, "bytes-6GB"),
+        ({"bytes": "1TiB"}, "bytes", 1 << 40, "bytes-1099511627776B"),
     ],
 )
 def test_one_of_three(given, kind, value, name):
@@ -50,7 +52,7 @@ def test_no_size(given, message):
         Budget.of(**given)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan"), 10**400])
 def test_removed_ratio_lies_between_0_and_1(ratio):
     with pytest.raises(RocketError, match=r"removed_ratio=.*: must be a share between 0 and 1, for example 0\.3"):
         Budget.of(removed_ratio=ratio)

@@ -38,7 +38,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def _not_packaged(names: Sequence[str], offline: bool | None) -> tuple[list[str], Any]:
-    """The names to be loaded from the hub, and the harness's manager of them if it may. RocketError for unknown ones."""
+    """The names to be loaded from the hub, and the manager that does. Raises RocketError for what is no task."""
     packaged = [] if offline is False else packaged_tasks()
     remote = [name for name in names if name not in packaged]
     manager = _task_manager() if remote and not offline else None

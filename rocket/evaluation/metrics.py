@@ -94,7 +94,7 @@ def _perplexity(subject: Subject) -> Measurement:
 
 
 def _exp_of_loss(subject: Subject, predicted: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """exp of the mean loss, and over how many predictions; ``predicted``: scores [n, classes] and targets of a batch."""
+    """exp of the mean loss, and over how many predictions; ``predicted``: a batch's scores [n, classes] and targets."""
     loss, count = 0.0, 0
     with evaluating(subject.model):
         for batch in subject.batches:

@@ -103,20 +103,27 @@ def pick(dense: Tensor, mask: Tensor) -> Tensor:
 
 def row_offsets(mask: Tensor) -> Tensor:
     """Where each row starts in `values`: int64 [out + 1], the last entry being the number of kept values."""
-    return F.pad(_set_bits(mask).sum(-1, dtype=torch.int64).cumsum(0), (1, 0))
+    return F.pad(_row_counts(mask).cumsum(0), (1, 0))
 
 
 def count(mask: Tensor) -> int:
     """Number of kept values."""
-    return int(_set_bits(mask).sum(dtype=torch.int64))
+    return int(_row_counts(mask).sum())
 
 
 def _bit_index(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def _set_bits(mask: Tensor) -> Tensor:
-    """Population count of each byte, in uint8 throughout: a table would need an int64 index of eight times the size."""
-    pairs = mask - ((mask >> 1) & 0x55)
-    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (nibbles + (nibbles >> 4)) & 0x0F
+def _row_counts(mask: Tensor) -> Tensor:
+    """Number of kept values of each row, int64 [out]: population counts of its 64-bit words.
+
+    Nothing larger than the mask is made on the way: a table, or sums of bytes, would take eight times its size.
+    """
+    out, width = mask.shape
+    aligned = mask.clone() if mask.storage_offset() % 8 else mask  # files hold masks at any byte
+    words = aligned.reshape(-1).view(torch.int64).view(out, width // 8)
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum(-1)

@@ -321,9 +321,10 @@ def _check_values(name: str, layer: CompressedLinear) -> None:
 
 
 def _check_mask(name: str, layer: CompressedLinear, mask: torch.Tensor) -> None:
-    kept = int(bitmap.unpack_mask(mask, layer.mask_columns).sum())
-    if not kept == bitmap.count(mask) == layer.spec.nnz:
+    inside = bitmap.pack_mask(torch.ones(1, layer.mask_columns, dtype=torch.bool, device=mask.device))
+    kept, total = bitmap.count(mask & inside), bitmap.count(mask)
+    if not kept == total == layer.spec.nnz:
         raise RocketError(
-            f"{name}: the mask keeps {kept} values and {bitmap.count(mask) - kept} in its padding, config.json says "
+            f"{name}: the mask keeps {kept} values and {total - kept} in its padding, config.json says "
             f"{layer.spec.nnz}; the checkpoint is damaged"
         )

@@ -41,6 +41,13 @@ def test_a_kept_zero_stays_a_value() -> None:
     assert len(values) == bitmap.count(mask) == 6
 
 
+def test_rows_are_counted_wherever_a_mask_lies() -> None:
+    keep = torch.rand(4, 130) < 0.5
+    mask = bitmap.pack_mask(keep)
+    for place in (torch.zeros(3 + mask.numel(), dtype=torch.uint8)[3:].view_as(mask), torch.empty(24, 4).byte().T):
+        assert bitmap.row_offsets(place.copy_(mask)).tolist() == [0, *keep.sum(1).cumsum(0).tolist()]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_unpack_is_differentiable_in_the_values(compiled: bool) -> None:
     dense, keep = torch.randn(5, 70), torch.rand(5, 70) < 0.5

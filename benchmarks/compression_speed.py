@@ -193,7 +193,7 @@ def main() -> None:
     model, tokenizer = load_model(ModelConfig(path=args.model))
     layers = target_layers(model)
     documents = load_documents("embedded", "calibration")
-    tokens = pack_tokens(documents.texts, tokenizer, args.seq_len, args.samples, args.seed)
+    tokens = pack_tokens(documents, tokenizer, args.seq_len, args.samples, args.seed)
     batches = [{"input_ids": ids.to(model.device)} for ids in tokens.split(8)]
     rows = Rows()
     size = {"tokens": tokens.numel(), "layer_shape": "all", "threads": torch.get_num_threads()}

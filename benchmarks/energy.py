@@ -90,7 +90,7 @@ def main() -> None:
     found = target_layers(model)
     layers = {name: found[name] for name in args.layers}
     documents = load_documents("embedded", "calibration")
-    tokens = pack_tokens(documents.texts, tokenizer, args.seq_len, args.samples, args.seed)
+    tokens = pack_tokens(documents, tokenizer, args.seq_len, args.samples, args.seed)
     sensitivity = token_batches(model, tokens[: args.sensitivity_samples], 2)
     calibration = calibrate(model, layers, token_batches(model, tokens, 8), sensitivity)
 

@@ -48,7 +48,7 @@ def measure(model: Any, processor: Any, args: argparse.Namespace) -> Losses:
         source: perplexity(
             model,
             tokenizer_of(processor),
-            load_documents(source, "held_out").texts,
+            load_documents(source, "held_out"),
             seq_len=args.eval_seq_len,
             max_tokens=args.max_tokens,
         ).loss

@@ -80,7 +80,7 @@ class Bench:
         """Calibration windows, and behind them as many again that no method calibrates on (for searches)."""
         documents = load_documents(self.source, "calibration")
         samples = self.samples + self.args.search_samples
-        return pack_tokens(documents.texts, self.tokenizer, self.args.seq_len, samples, self.seed)
+        return pack_tokens(documents, self.tokenizer, self.args.seq_len, samples, self.seed)
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -33,7 +33,7 @@ def measure_texts(bench: Bench, args: argparse.Namespace) -> dict[str, float]:
     losses = {}
     for source in args.texts:
         documents = load_documents(source, "held_out")
-        result = perplexity(bench.model, bench.tokenizer, documents.texts, seq_len=1024, max_tokens=args.max_tokens)
+        result = perplexity(bench.model, bench.tokenizer, documents, seq_len=1024, max_tokens=args.max_tokens)
         losses[source] = result.loss
     return losses
 

@@ -18,15 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], description: str, total: int | None = None) -> Generator[Item]:
+def track(items: Iterable[Item], description: str) -> Generator[Item]:
     """Iterate with a progress bar and ETA on standard error; silent when that is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        if total is None:
-            items = list(items)
-            total = len(items)
-        yield from progress.track(items, total=total, description=description)
+        yield from progress.track(list(items), description=description)
 
 
 @dataclass

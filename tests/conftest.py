@@ -210,5 +210,5 @@ def smollm2() -> RealModel:
     from rocket.models import load_model
 
     model, tokenizer = load_model(ModelConfig(path="embedded:smollm2-135m", device="cpu"))
-    tokens = pack_tokens(load_documents("embedded", "calibration").texts, tokenizer, 256, 8, seed=0)
+    tokens = pack_tokens(load_documents("embedded", "calibration"), tokenizer, 256, 8, seed=0)
     return RealModel(model, tokenizer, tokens)

@@ -152,7 +152,9 @@ class CalibConfig(Section):
         2023, description="Which windows or samples of the source are drawn."
     )
     sensitivity_samples: Annotated[int, Field(ge=0, le=2**31)] = Field(
-        16, description="Samples, of the above, for the backward pass that measures sensitivities. 0: none is run."
+        16,
+        description="Samples, of the above, for the backward pass that measures sensitivities. profiling.cost=loss "
+        "needs them; for other costs none is run.",
     )
 
 
@@ -274,12 +276,13 @@ class EvaluationConfig(Section):
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     seq_len: Length = Field(1024, description="Tokens a window.")
     max_tokens: Count | None = Field(65536, description="Tokens of each text, in windows spread over it; null: all.")
+    max_samples: Count | None = Field(512, description="Samples of each source, drawn at random; null: all.")
     tasks: list[str] = Field(
         default_factory=list,
         description="Zero-shot tasks, by their name in lm-evaluation-harness. Packaged ones need no network.",
     )
     limit: Annotated[int, Field(ge=2, le=2**31)] | None = Field(100, description="Items a task; null: all.")
-    batch_size: Count = Field(4, description="Windows, or task requests, a forward pass.")
+    batch_size: Count = Field(4, description="Windows, samples, or a fourth of the task requests, a forward pass.")
 
 
 class HealingConfig(Section):

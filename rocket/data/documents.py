@@ -1,15 +1,12 @@
 """From the name of a source to its documents."""
 
-import hashlib
 import logging
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
 from rocket.config.errors import RocketError
 from rocket.data.sources import holds_samples, local_samples, open_source
-from rocket.data.splits import Split
+from rocket.data.splits import Corpus, Split
 
 logger = logging.getLogger(__name__)
 
@@ -17,40 +14,14 @@ logger = logging.getLogger(__name__)
 STREAM_LIMIT = 10_000
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Texts in memory, with what they are called in reports and fingerprints.
-
-    `source` is the name as the user wrote it. Build it directly for texts that come from nowhere in particular:
-
-    >>> Documents(("one text", "another"), source="in memory", split="calibration").identity[:8]
-    '93e08dda'
-    """
-
-    texts: tuple[str, ...]
-    source: str
-    split: Split
-
-    @cached_property
-    def identity(self) -> str:
-        """Sha256 (hex) over source, split and texts: equal exactly when all three are."""
-        digest = hashlib.sha256()
-        for part in (self.source, self.split, *self.texts):
-            data = part.encode("utf-8", "surrogatepass")
-            # The length keeps ("ab", "c") apart from ("a", "bc").
-            digest.update(len(data).to_bytes(8, "big") + data)
-        return digest.hexdigest()
-
-
 def load_documents(
     source: str,
     split: Split,
     *,
     text_field: str = "text",
-    max_documents: int | None = None,
     stream_limit: int | None = None,
-) -> Documents:
-    """Read the documents of a source.
+) -> tuple[str, ...]:
+    """Read the documents of a source, each a text.
 
     Held-out text never overlaps calibration text. Sources without splits of their own are split by the hash of each
     document: about 10 % is held out, equal documents always fall on the same side, whatever else the source holds.
@@ -64,7 +35,6 @@ def load_documents(
             unless it is the only file: then blank lines part the documents.
         split: `calibration`, `held_out`, or `all` for the evaluation of a source that is never calibrated on.
         text_field: The column that holds the text, for .jsonl, .parquet and `hub:` sources.
-        max_documents: Take the first so many of the split; None for all, or for `stream_limit` of a streamed source.
         stream_limit: Documents to take of a source on the hub, which is streamed; by default 10000.
 
     Raises:
@@ -74,15 +44,11 @@ def load_documents(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "notes.txt")
     ...     _ = path.write_text("A first note.\\n\\nA second one.")
-    ...     load_documents(str(path), "all").texts
+    ...     load_documents(str(path), "all")
     ('A first note.', 'A second one.')
     """
-    if split not in get_args(Split):
-        raise RocketError(f"split={split!r}: must be one of {', '.join(get_args(Split))}")
-    if max_documents is not None and max_documents < 1:
-        raise RocketError(f"max_documents={max_documents}: must be at least 1; leave it out to take all")
-    corpus = open_source(source, text_field)
-    limit = (stream_limit or STREAM_LIMIT) if max_documents is None and corpus.streamed else max_documents
+    corpus = _open(source, split, text_field)
+    limit = (stream_limit or STREAM_LIMIT) if corpus.streamed else None
     texts: list[str] = []
     seen = 0
     for text, wanted in corpus.select(split):
@@ -90,20 +56,36 @@ def load_documents(
         if wanted:
             texts.append(text)
         if len(texts) == limit:
+            logger.info("%s: the first %d documents of the stream", source, limit)
             break
     if not texts:
         raise RocketError(_nothing_to_read(source, split, seen))
-    if max_documents is None and len(texts) == limit:
-        logger.warning("%s: took the first %d documents of the stream; set max_documents for more", source, limit)
-    return Documents(tuple(texts), source, split)
+    return tuple(texts)
+
+
+def check_documents(source: str, split: Split, text_field: str) -> None:
+    """Raise the error of `load_documents` for a source without a document in a split, reading no further than one."""
+    seen = 0
+    for _, wanted in _open(source, split, text_field).select(split):
+        seen += 1
+        if wanted:
+            return
+    raise RocketError(_nothing_to_read(source, split, seen))
+
+
+def _open(source: str, split: Split, text_field: str) -> Corpus:
+    if split not in get_args(Split):
+        raise RocketError(f"split={split!r}: must be one of {', '.join(get_args(Split))}")
+    return open_source(source, text_field)
 
 
 def _nothing_to_read(source: str, split: Split, seen: int) -> str:
     if not seen:
         return f"{source}: holds no text; name a source that does"
+    other = "evaluate on another source (in Python: split='all')" if split == "held_out" else "name another source"
     return (
         f"{source}: has {seen} document(s), none of which falls into the {split} split (about 10 % are held out, by "
-        "their hash); add documents, or name a separate evaluation source (in Python: split='all')"
+        f"their hash); add documents, or {other}"
     )
 
 

@@ -39,7 +39,7 @@ def pack_tokens(
     With None, all documents are used, in order. The same arguments always give the same result.
 
     Args:
-        documents: Texts, as in `Documents.texts`.
+        documents: Texts, as `load_documents` reads them.
         tokenizer: A transformers tokenizer.
         seq_len: Tokens in a sequence, at least 2.
         num_samples: Sequences wanted; None for all. If the text has fewer, all are used and a warning says so.
@@ -56,7 +56,7 @@ def pack_tokens(
         raise RocketError(f"seq_len={seq_len}: a sequence needs at least 2 tokens")
     if num_samples is not None and num_samples < 1:
         raise RocketError(f"num_samples={num_samples}: must be at least 1")
-    start = _leading_token(tokenizer)
+    start = leading_token(tokenizer)
     stride = seq_len - len(start)
     generator = torch.Generator().manual_seed(seed)
     if num_samples is None:
@@ -94,7 +94,7 @@ def _tokenise(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, enou
     return torch.cat(pieces)
 
 
-def _leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence or class token, if the tokenizer itself puts it before a text; else nothing."""
     first: list[int] = tokenizer("a")["input_ids"][:1]
     known = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}

@@ -18,6 +18,8 @@ from rocket.evaluation.tasks import zero_shot
 from rocket.models import is_causal_lm, sample_batches, token_batches
 from rocket.models.inputs import tokenizer_of
 
+FEWEST_DOCUMENTS, FEWEST_TOKENS = 512, 64  # of a stream: so many documents at least, or one for so many tokens
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,24 +46,25 @@ def evaluate(
     perplexities: dict[str, float] = {}
     subjects: dict[str, Subject] = {}
     for source in settings.texts:
-        documents = load_documents(source, "held_out", text_field=settings.text_field)
+        limit = None if settings.max_tokens is None else max(FEWEST_DOCUMENTS, settings.max_tokens // FEWEST_TOKENS)
+        documents = load_documents(source, "held_out", text_field=settings.text_field, stream_limit=limit)
         if is_causal_lm(model):
             result = perplexity(
                 model,
                 tokenizer_of(processor),
-                documents.texts,
+                documents,
                 seq_len=settings.seq_len,
                 batch_size=size,
                 max_tokens=settings.max_tokens,
             )
             perplexities[source] = result.value
             continue
-        windows = pack_tokens(documents.texts, tokenizer_of(processor), settings.seq_len, None, 0)
+        windows = pack_tokens(documents, tokenizer_of(processor), settings.seq_len, None, 0)
         count = min(len(windows), max(1, (settings.max_tokens or windows.numel()) // settings.seq_len))
         batches = token_batches(model, spread_windows(windows, count), size)
         subjects[source] = Subject(model, processor, (), batches, size)
     for source in settings.samples:
-        samples = load_samples(source, "held_out")
+        samples = load_samples(source, "held_out", settings.max_samples)
         subjects[source] = Subject(model, processor, samples, sample_batches(model, processor, samples, size), size)
     scores, kept = _measure(subjects, reference)
     tasks = {}

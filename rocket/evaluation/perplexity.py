@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from rocket.config.errors import RocketError
-from rocket.models import evaluation_mode, is_streamed, sweep
+from rocket.data import leading_token
+from rocket.models import evaluation_mode, is_streamed, run_forward, sweep
 from rocket.usage import track
 
 # Logit entries upcast to fp32 at once: 64 MiB.
@@ -42,12 +43,14 @@ def perplexity(
     batch_size: int = 4,
     max_tokens: int | None = None,
 ) -> Perplexity:
-    """Perplexity by the convention of GPTQ, SparseGPT and SVD-LLM.
+    """Perplexity by the convention of GPTQ, SparseGPT and SVD-LLM, but for the token that begins a text.
 
-    The documents are joined by a blank line and tokenised once (with whatever special token the tokenizer puts first),
-    the tokens are cut into non-overlapping windows of `seq_len`, the rest is dropped, and each window is predicted from
-    its own context only: its first token is context, the other seq_len - 1 count. Every predicted token weighs the
-    same. Values depend on `seq_len` and on the tokenizer's vocabulary; compare only what shares both.
+    The documents are joined by a blank line and tokenised once, the tokens are cut into non-overlapping windows of
+    `seq_len`, the rest is dropped, and each window is predicted from its own context only: its first token is context,
+    the other seq_len - 1 count. Every predicted token weighs the same. If the tokenizer puts a token before each text
+    (Llama, Gemma), each window starts with it, as in calibration (`rocket.data.pack_tokens`); the convention has it in
+    the first window alone, where Gemma, for one, is of no use in the others. Values depend on `seq_len` and on the
+    tokenizer's vocabulary; compare only what shares both.
 
     model: a causal language model whose output has `logits` [batch, seq_len, vocabulary]; it stays on its device and
     its training mode is restored. max_tokens: use only as many windows as fit into it, spread evenly over the whole
@@ -61,16 +64,20 @@ def perplexity(
     Source: Frantar et al. 2022 (arXiv 2210.17323), evaluation code.
     """
     _check(model, seq_len, batch_size)
+    start = leading_token(tokenizer)
     # verbose: the whole text is longer than the model's context by intention
-    tokens = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
-    usable = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
-    count = usable // seq_len
+    ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    stride = seq_len - len(start)
+    usable = len(ids) if max_tokens is None else min(len(ids), max_tokens)
+    count = usable // stride
     if not count:
         raise RocketError(
             f"the evaluation text has {usable} tokens, fewer than one window of seq_len {seq_len}; "
             "give more text, raise max_tokens or lower seq_len"
         )
-    windows = spread_windows(tokens[: len(tokens) // seq_len * seq_len].view(-1, seq_len), count)
+    pieces = torch.tensor(ids[: len(ids) // stride * stride]).view(-1, stride)
+    windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(pieces), -1), pieces], dim=1)
+    windows = spread_windows(windows, count)
 
     window_losses = window_losses_of(model, track(windows.split(batch_size), "perplexity"))
     loss = window_losses.mean().item()
@@ -82,8 +89,8 @@ def window_losses_of(model: Any, batches: Iterable[torch.Tensor]) -> torch.Tenso
     """Mean nats per predicted token of each window, fp64 [windows], for batches of token ids [batch, seq_len]."""
 
     def losses_of(batch: torch.Tensor) -> torch.Tensor:
-        ids = batch.to(model.device)
-        return _window_losses(model(input_ids=ids, use_cache=False).logits, ids).cpu()
+        logits = run_forward(model, {"input_ids": batch}).logits
+        return _window_losses(logits, batch.to(logits.device)).cpu()
 
     with evaluating(model):
         if is_streamed(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from rocket.config.errors import RocketError
 from rocket.data.samples import SAMPLING_RATE, Sample
 from rocket.evaluation.perplexity import evaluating
-from rocket.models.inputs import check_clips, longest_clip
+from rocket.models.inputs import check_clips, longest_clip, run_forward
 from rocket.usage import track
 
 RESAMPLES = 10_000
@@ -58,12 +58,13 @@ def word_error_rate(model: Any, processor: Any, samples: Sequence[Sample], batch
     Raises RocketError when a sample lacks audio or text, has no word, or is longer than the model takes in; or when
     the package `jiwer` is missing.
     """
-    _check(samples, processor, batch_size)
+    normalize = EnglishTextNormalizer({})
+    _check(samples, processor, batch_size, normalize)
     hypotheses: list[str] = []
     with evaluating(model):
         for start in track(range(0, len(samples), batch_size), "transcribe"):
             hypotheses += transcribe(model, processor, [sample.audio for sample in samples[start : start + batch_size]])
-    return score([str(sample.text) for sample in samples], hypotheses, EnglishTextNormalizer({}))
+    return score([str(sample.text) for sample in samples], hypotheses, normalize)
 
 
 def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
@@ -71,11 +72,10 @@ def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
     # Whisper's input has one length; others are padded to the longest clip.
     padding = "max_length" if longest_clip(processor) else "longest"
     inputs = processor(audio=list(clips), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
     if model.can_generate():
-        tokens = model.generate(**inputs, do_sample=False, num_beams=1)
+        tokens = model.generate(**inputs.to(model.device, model.dtype), do_sample=False, num_beams=1)
     else:
-        tokens = model(**inputs).logits.argmax(dim=-1)
+        tokens = run_forward(model, inputs).logits.argmax(dim=-1)
     return [str(text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
@@ -118,18 +118,21 @@ def _interval(errors: Any, words: Any, seed: int = 0) -> tuple[float, float]:
 
 def _counts(references: Sequence[str], hypotheses: Sequence[str]) -> Iterator[tuple[int, int]]:
     """(errors, words) of each clip."""
-    try:
-        import jiwer
-    except ImportError:
-        raise RocketError("word error rates need a package: pip install jiwer") from None
+    jiwer = _jiwer()
     for reference, hypothesis in zip(references, hypotheses, strict=True):
-        if not reference:
-            raise RocketError("a reference has no word once normalised; leave such clips out")
         found = jiwer.process_words(reference, hypothesis)
         yield found.substitutions + found.deletions + found.insertions, len(reference.split())
 
 
-def _check(samples: Sequence[Sample], processor: Any, batch_size: int) -> None:
+def _jiwer() -> Any:
+    try:
+        import jiwer
+    except ImportError:
+        raise RocketError("word error rates need a package: pip install jiwer") from None
+    return jiwer
+
+
+def _check(samples: Sequence[Sample], processor: Any, batch_size: int, normalize: Callable[[str], str]) -> None:
     if batch_size < 1:
         raise RocketError(f"batch_size {batch_size}: must be at least 1")
     if not samples:
@@ -138,4 +141,9 @@ def _check(samples: Sequence[Sample], processor: Any, batch_size: int) -> None:
         if sample.audio is None or sample.text is None:
             missing = "audio" if sample.audio is None else "transcript"
             raise RocketError(f"sample {number} has no {missing}; word error rates need clips with transcripts")
+        if not normalize(sample.text):
+            raise RocketError(
+                f"sample {number}: {sample.text[:40]!r} has no word once normalised; leave such clips out"
+            )
     check_clips(processor, samples)
+    _jiwer()

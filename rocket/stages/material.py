@@ -5,13 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rocket.config import RocketError
 from rocket.config.schema import HealingConfig
-from rocket.data import Sample, holds_samples, load_documents, load_samples, pack_tokens
+from rocket.data import (
+    Sample,
+    Split,
+    check_documents,
+    check_samples,
+    holds_samples,
+    load_documents,
+    load_samples,
+    pack_tokens,
+)
 from rocket.evaluation import check_tasks
 from rocket.models import Batch, is_causal_lm, sample_batches, takes_media, takes_text_alone, token_batches
 from rocket.models.inputs import tokenizer_of
@@ -37,11 +45,29 @@ def check_sources(session: Session) -> None:
     if evaluation.tasks and not is_causal_lm(model):
         raise RocketError(f"evaluation.tasks={evaluation.tasks}: {name} is no text decoder; write []")
     check_tasks(evaluation.tasks)
+    _check_splits(session)
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
     if not calibrates_on_samples(session):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
     for key, length in lengths.items():
         _check_length(model, key, length)
+
+
+def _check_splits(session: Session) -> None:
+    """Whether each source holds something of the split that it is going to be read for."""
+    config = session.config
+    read: list[tuple[str, Split, str]] = [(config.calib.source, "calibration", config.calib.text_field)]
+    if config.healing is not None:
+        read.append((config.healing.source, "calibration", config.healing.text_field))
+    read += [(source, "held_out", config.evaluation.text_field) for source in config.evaluation.texts]
+    media = takes_media(session.model)
+    for source, split, text_field in read:
+        if media and holds_samples(source):
+            check_samples(source, split)
+        else:
+            check_documents(source, split, text_field)
+    for source in config.evaluation.samples:
+        check_samples(source, "held_out")
 
 
 def _check_length(model: PreTrainedModel, key: str, length: int) -> None:
@@ -61,12 +87,10 @@ def calibration_batches(session: Session) -> Callable[[int | None, int], Sequenc
     if not calibrates_on_samples(session):
         tokens = calibration_tokens(session)
         return lambda count, size: token_batches(model, tokens[:count], size)
-    samples = load_samples(config.source, "calibration")
+    samples = load_samples(config.source, "calibration", config.num_samples, config.seed)
     if len(samples) < config.num_samples:
         logger.warning("%s has only %d samples, not %d: using all", config.source, len(samples), config.num_samples)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(config.seed))
-    drawn = [samples[index] for index in order[: config.num_samples].tolist()]
-    return lambda count, size: sample_batches(model, processor, drawn[:count], size)
+    return lambda count, size: sample_batches(model, processor, samples[:count], size)
 
 
 def calibration_tokens(session: Session, spare: int = 0) -> Tensor:
@@ -78,7 +102,7 @@ def calibration_tokens(session: Session, spare: int = 0) -> Tensor:
         stream_limit=max(512, HUB_DOCUMENTS_A_SAMPLE * config.num_samples),
     )
     tokenizer = tokenizer_of(session.loaded[1])
-    return pack_tokens(documents.texts, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
+    return pack_tokens(documents, tokenizer, config.seq_len, config.num_samples, config.seed, spare=spare)
 
 
 def healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequence[Sample]:
@@ -89,4 +113,4 @@ def healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequen
     _check_length(model, "healing.seq_len", config.seq_len)
     limit = None if config.tokens is None else max(512, config.tokens // FEWEST_TOKENS_A_DOCUMENT)
     documents = load_documents(config.source, "calibration", text_field=config.text_field, stream_limit=limit)
-    return pack_tokens(documents.texts, tokenizer_of(processor), config.seq_len, None, config.seed)
+    return pack_tokens(documents, tokenizer_of(processor), config.seq_len, None, config.seed)

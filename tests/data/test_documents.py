@@ -1,10 +1,9 @@
-import dataclasses
 import logging
 
 import pytest
 
 from rocket.config.errors import RocketError
-from rocket.data import Documents, documents, load_documents
+from rocket.data import check_documents, documents, load_documents
 from rocket.data.splits import is_held_out
 
 TEXTS = [f"document number {i}" for i in range(300)]
@@ -17,13 +16,13 @@ def source(write):
 
 def test_splits_share_no_document_and_lose_none(source):
     calibration, held_out = load_documents(source, "calibration"), load_documents(source, "held_out")
-    assert not set(calibration.texts) & set(held_out.texts)
-    assert sorted(calibration.texts + held_out.texts) == sorted(TEXTS)
-    assert load_documents(source, "all").texts == tuple(TEXTS)
+    assert not set(calibration) & set(held_out)
+    assert sorted(calibration + held_out) == sorted(TEXTS)
+    assert load_documents(source, "all") == tuple(TEXTS)
 
 
 def test_about_a_tenth_is_held_out(source):
-    assert 15 <= len(load_documents(source, "held_out").texts) <= 45
+    assert 15 <= len(load_documents(source, "held_out")) <= 45
 
 
 def test_equal_documents_fall_on_the_same_side():
@@ -35,40 +34,9 @@ def test_side_of_a_document_is_fixed_for_ever():
     assert [i for i in range(40) if is_held_out(f"document number {i}")] == [20, 35, 36]
 
 
-def test_documents_remember_what_was_asked(source):
-    loaded = load_documents(source, "calibration")
-    assert (loaded.source, loaded.split) == (source, "calibration")
-    assert loaded == load_documents(source, "calibration")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        loaded.split = "all"
-
-
-def test_identity_changes_with_source_split_and_texts():
-    base = Documents(("a", "b"), "s", "all")
-    others = [
-        Documents(("a", "b"), "t", "all"),
-        Documents(("a", "b"), "s", "held_out"),
-        Documents(("ab",), "s", "all"),
-        Documents(("b", "a"), "s", "all"),
-    ]
-    assert len({document.identity for document in [base, *others]}) == 5
-    assert base.identity == Documents(("a", "b"), "s", "all").identity
-    assert len(base.identity) == 64
-
-
 def test_blank_documents_are_dropped(write):
     path = write("rows.jsonl", '{"text": "a"}\n{"text": "  \\n"}\n{"text": null}\n{"text": "b"}\n')
-    assert load_documents(str(path), "all").texts == ("a", "b")
-
-
-def test_max_documents_counts_within_the_split(source):
-    everything = load_documents(source, "held_out").texts
-    assert load_documents(source, "held_out", max_documents=3).texts == everything[:3]
-
-
-def test_max_documents_must_be_positive(source):
-    with pytest.raises(RocketError, match=r"max_documents=0: must be at least 1"):
-        load_documents(source, "all", max_documents=0)
+    assert load_documents(str(path), "all") == ("a", "b")
 
 
 def test_unknown_split(source):
@@ -76,14 +44,22 @@ def test_unknown_split(source):
         load_documents(source, "test")
 
 
-@pytest.mark.parametrize(("empty_side", "other_side"), [("held_out", "calibration"), ("calibration", "held_out")])
-def test_side_left_empty_by_the_hash_split(write, empty_side, other_side):
+@pytest.mark.parametrize(
+    ("empty_side", "other_side", "hint"),
+    [("held_out", "calibration", "evaluate on another"), ("calibration", "held_out", "name another")],
+)
+def test_side_left_empty_by_the_hash_split(write, empty_side, other_side, hint):
     text = next(text for text in TEXTS if is_held_out(text) == (other_side == "held_out"))
     path = write("one.txt", text)
-    with pytest.raises(RocketError, match=rf"has 1 document\(s\), none of which .* {empty_side}.*separate") as error:
+    with pytest.raises(
+        RocketError, match=rf"has 1 document\(s\), none of which .* {empty_side}.*; add documents, or {hint}"
+    ) as error:
         load_documents(str(path), empty_side)
     assert "\n" not in str(error.value)
-    assert load_documents(str(path), other_side).texts == (text,)
+    with pytest.raises(RocketError, match=rf"none of which .* {empty_side}"):
+        check_documents(str(path), empty_side, "text")
+    check_documents(str(path), other_side, "text")
+    assert load_documents(str(path), other_side) == (text,)
 
 
 def test_source_without_any_text(write):
@@ -94,8 +70,7 @@ def test_source_without_any_text(write):
 def test_streams_are_cut_when_no_number_is_given(fake_hub, monkeypatch, caplog):
     monkeypatch.setattr(documents, "STREAM_LIMIT", 5)
     fake_hub({"train": TEXTS, "test": TEXTS[:3]})
-    with caplog.at_level(logging.WARNING):
-        assert len(load_documents("c4", "calibration").texts) == 5
-    assert "first 5 documents" in caplog.text
-    assert "max_documents" in caplog.text
-    assert len(load_documents("c4", "calibration", max_documents=7).texts) == 7
+    with caplog.at_level(logging.INFO):
+        assert len(load_documents("c4", "calibration")) == 5
+    assert "c4: the first 5 documents of the stream" in caplog.text
+    assert len(load_documents("c4", "calibration", stream_limit=7)) == 7

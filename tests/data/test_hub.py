@@ -27,38 +27,38 @@ def test_what_is_asked_of_the_hub(fake_hub, source, asked):
 @pytest.mark.parametrize("held_out", ["test", "validation"])
 def test_native_splits_are_kept(fake_hub, held_out):
     fake_hub({"train": ["a", "b"], held_out: ["c"]})
-    assert load_documents("hub:owner/name", "calibration").texts == ("a", "b")
-    assert load_documents("hub:owner/name", "held_out").texts == ("c",)
-    assert load_documents("hub:owner/name", "all").texts == ("a", "b", "c")
+    assert load_documents("hub:owner/name", "calibration") == ("a", "b")
+    assert load_documents("hub:owner/name", "held_out") == ("c",)
+    assert load_documents("hub:owner/name", "all") == ("a", "b", "c")
 
 
 def test_test_split_goes_before_validation(fake_hub):
     fake_hub({"train": ["a"], "validation": ["b"], "test": ["c"]})
-    assert load_documents("hub:owner/name", "held_out").texts == ("c",)
+    assert load_documents("hub:owner/name", "held_out") == ("c",)
 
 
 @pytest.mark.parametrize("source", ["fineweb", "alpaca", "hub:owner/name"])
 def test_without_native_splits_documents_are_split_by_hash(fake_hub, source):
     fake_hub({"train": TEXTS})
-    calibration, held_out = load_documents(source, "calibration").texts, load_documents(source, "held_out").texts
+    calibration, held_out = load_documents(source, "calibration"), load_documents(source, "held_out")
     assert held_out
     assert sorted(calibration + held_out) == sorted(TEXTS)
 
 
 def test_text_field_of_a_hub_source(fake_hub):
     fake_hub({"train": ["a"]}, column="body")
-    assert load_documents("hub:owner/name", "all", text_field="body").texts == ("a",)
+    assert load_documents("hub:owner/name", "all", text_field="body") == ("a",)
 
 
 def test_presets_know_their_own_field(fake_hub):
     fake_hub({"train": ["a"], "test": ["b"]})
-    assert load_documents("c4", "all", text_field="body").texts == ("a", "b")
+    assert load_documents("c4", "all", text_field="body") == ("a", "b")
 
 
 def test_wikitext_rows_are_joined_to_articles(fake_hub):
     rows = ["", " = One = \n", "", "words\n", " = = Section = = \n", "words\n", "", " = Two = \n", "words\n"]
     fake_hub({"train": rows, "test": rows})
-    articles = load_documents("wikitext", "held_out").texts
+    articles = load_documents("wikitext", "held_out")
     assert len(articles) == 2
     assert articles[1] == " = Two = \n\n\nwords\n"
     # The string that published wikitext-2 perplexities are measured on.

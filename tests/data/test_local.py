@@ -7,7 +7,7 @@ from rocket.data import load_documents
 
 
 def texts(path, **options):
-    return load_documents(str(path), "all", **options).texts
+    return load_documents(str(path), "all", **options)
 
 
 def parquet(path, columns):

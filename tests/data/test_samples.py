@@ -3,6 +3,7 @@
 import json
 import sys
 import wave
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from rocket import data
 from rocket.config.errors import RocketError
-from rocket.data import holds_samples, load_samples, source_stamp, sources
+from rocket.data import check_samples, holds_samples, load_samples, source_stamp, sources
 from rocket.data.samples import Sample, SampleCorpus
 
 
@@ -157,16 +158,37 @@ def test_what_holds_samples(tmp_path, image_folder):
 
 def test_registered_sources_keep_their_splits(monkeypatch):
     def read() -> SampleCorpus:
-        part = [("a", Sample(text="one")), ("b", Sample(text="two"))]
+        part = [("a", partial(Sample, text="one")), ("b", partial(Sample, text="two"))]
         return SampleCorpus({"calibration": part[:1], "held_out": part[1:]})
 
     monkeypatch.setitem(sources.SAMPLE_SOURCES, "embedded:test", read)
     assert holds_samples("embedded:test")
     texts = [[sample.text for sample in load_samples("embedded:test", s)] for s in ("calibration", "held_out", "all")]
     assert texts == [["one"], ["two"], ["one", "two"]]
-    monkeypatch.setitem(sources.SAMPLE_SOURCES, "embedded:test", lambda: SampleCorpus({"held_out": [("a", Sample())]}))
+    monkeypatch.setitem(sources.SAMPLE_SOURCES, "embedded:test", lambda: SampleCorpus({"held_out": [("a", Sample)]}))
     with pytest.raises(RocketError, match="embedded:test: has no sample in the calibration split"):
         load_samples("embedded:test", "calibration")
+
+
+def test_only_what_is_drawn_is_read(monkeypatch):
+    read = []
+
+    def sample(number: int) -> Sample:
+        read.append(number)
+        return Sample(label=number)
+
+    corpus = SampleCorpus({"calibration": [(str(number), partial(sample, number)) for number in range(9)]})
+    monkeypatch.setitem(sources.SAMPLE_SOURCES, "embedded:test", lambda: corpus)
+    check_samples("embedded:test", "calibration")
+    assert not read
+    drawn = [sample.label for sample in load_samples("embedded:test", "calibration", 3, seed=1)]
+    assert drawn == read
+    assert len(set(drawn)) == 3
+    assert [sample.label for sample in load_samples("embedded:test", "calibration", 3, seed=1)] == drawn
+    assert [sample.label for sample in load_samples("embedded:test", "calibration", 3, seed=2)] != drawn
+    assert sorted(sample.label for sample in load_samples("embedded:test", "calibration", 99)) == list(range(9))
+    with pytest.raises(RocketError, match="embedded:test: has no sample in the held_out split"):
+        check_samples("embedded:test", "held_out")
 
 
 def broken_image(folder: Path) -> None:

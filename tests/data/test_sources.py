@@ -41,5 +41,5 @@ def test_a_preset_goes_before_a_folder_of_its_name(fake_hub, write, tmp_path, mo
     write("c4/a.txt", "local")
     monkeypatch.chdir(tmp_path)
     fake_hub({"train": ["remote"]})
-    assert load_documents("c4", "all").texts == ("remote",)
-    assert load_documents("./c4", "all").texts == ("local",)
+    assert load_documents("c4", "all") == ("remote",)
+    assert load_documents("./c4", "all") == ("local",)

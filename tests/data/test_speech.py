@@ -90,7 +90,7 @@ def test_variations_repeat_and_differ():
 @pytest.fixture(scope="module")
 def installed():
     try:
-        return {split: list(part) for split, part in speech.read().splits.items()}
+        return {split: [(name, read()) for name, read in part] for split, part in speech.read().splits.items()}
     except RocketError as missing:
         pytest.skip(str(missing))
 

@@ -1,7 +1,9 @@
+import copy
 import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from rocket.config.errors import RocketError
 from rocket.evaluation import perplexity as measure
@@ -31,6 +33,18 @@ def test_windows_do_not_overlap_and_see_only_themselves(model, tokenizer):
     assert result.seq_len == 5
     assert result.loss == pytest.approx(sum(expected) / 3, rel=1e-5)
     assert result.value == pytest.approx(math.exp(result.loss))
+
+
+def test_each_window_starts_with_the_token_that_begins_a_text(model, tokenizer):
+    beginning = copy.deepcopy(tokenizer)
+    beginning.add_special_tokens({"bos_token": "<eos>"})
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    seen = []
+    model.register_forward_hook(lambda _, __, kwargs, ___: seen.extend(kwargs["input_ids"]), with_kwargs=True)
+    result = measure(model, beginning, ["abcdefghijk"], seq_len=5, batch_size=1)
+    ids = tokenizer("abcdefgh")["input_ids"]
+    assert [window.tolist() for window in seen] == [[0, *ids[:4]], [0, *ids[4:]]]
+    assert result.tokens == 8
 
 
 def test_slicing_the_logits_changes_nothing():

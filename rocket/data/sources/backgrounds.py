@@ -6,7 +6,7 @@ as `embedded:boolq` is text from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rocket.config.errors import RocketError
@@ -50,13 +50,12 @@ def read() -> SampleCorpus:
     missing = next((path for name in PHOTOGRAPHS if not (path := FOLDER / name).is_file()), None)
     if missing is not None:
         raise RocketError(f"{missing} is not installed; on Debian: apt-get install {PACKAGES}")
-    return SampleCorpus({"calibration": (), "held_out": _photographs()})
+    return SampleCorpus({"calibration": (), "held_out": [(name, partial(_photograph, name)) for name in PHOTOGRAPHS]})
 
 
-def _photographs() -> Iterator[tuple[str, Sample]]:
+def _photograph(name: str) -> Sample:
     from PIL import Image  # slow to import, and most sources do without
 
-    for name in PHOTOGRAPHS:
-        photograph = Image.open(FOLDER / name)
-        photograph.draft("RGB", (DECODED_SIDE, DECODED_SIDE))
-        yield name, Sample(image=photograph.convert("RGB"))
+    photograph = Image.open(FOLDER / name)
+    photograph.draft("RGB", (DECODED_SIDE, DECODED_SIDE))
+    return Sample(image=photograph.convert("RGB"))

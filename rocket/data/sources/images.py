@@ -6,7 +6,8 @@ scenes, textures, instruments) on both sides. By hash, one or two would be held 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,11 +51,11 @@ def read() -> SampleCorpus:
         "sklearn": data_folder("sklearn", "datasets/images", "scikit-learn"),
     }
 
-    def pieces(names: Sequence[str], count: int) -> Iterator[tuple[str, Sample]]:
+    def pieces(names: Sequence[str], count: int) -> Iterator[tuple[str, Callable[[], Sample]]]:
         photographs = {name: _open(folders[name.partition("/")[0]] / name.partition("/")[2]) for name in names}
         for number in range(count):
             for name, photograph in photographs.items():
-                yield name, Sample(image=_middle(photograph) if number == 0 else _piece(photograph, f"{name} {number}"))
+                yield name, partial(_sample, photograph, name, number)
 
     return SampleCorpus(
         {
@@ -62,6 +63,10 @@ def read() -> SampleCorpus:
             "held_out": pieces(_HELD_OUT, PIECES["held_out"]),
         }
     )
+
+
+def _sample(photograph: Any, name: str, number: int) -> Sample:
+    return Sample(image=_middle(photograph) if number == 0 else _piece(photograph, f"{name} {number}"))
 
 
 def _open(path: Path) -> Any:

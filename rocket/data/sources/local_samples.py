@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ KINDS = ("image", "audio")
 METADATA = "metadata.jsonl"
 METADATA_ROW = '{"file": "clip.wav", "text": "..."}'
 ROW = '{"image": "cat.jpg", "text": "..."}'
+
+Read = Callable[[], Sample]
 
 
 def holds_samples(path: Path) -> bool:
@@ -49,14 +52,14 @@ def referenced_files(path: Path) -> list[Path]:
     return [path, *sorted({path.parent / value for value in values if isinstance(value, str)})]
 
 
-def _folder(path: Path) -> Iterator[tuple[str, Sample]]:
+def _folder(path: Path) -> Iterator[tuple[str, Read]]:
     texts = _transcripts(path)
     for file in sorted(path.rglob("*")):
         kind = "image" if file.suffix.lower() in IMAGES else "audio" if file.suffix.lower() in AUDIO else None
         if kind is not None:
             beside = file.with_suffix(".txt")
             text = beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else texts.get(file)
-            yield _sample(file, kind, text, None)
+            yield key_of(_content(file)), partial(_sample, file, kind, text, None)
 
 
 def _transcripts(path: Path) -> dict[Path, str]:
@@ -72,7 +75,7 @@ def _transcripts(path: Path) -> dict[Path, str]:
     return texts
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Sample]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, Read]]:
     for where, row in json_rows(path, ROW):
         kind = next((kind for kind in KINDS if isinstance(row.get(kind), str)), None)
         if kind is None:
@@ -80,18 +83,22 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Sample]]:
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str | None) or not isinstance(label, int | None):
             raise RocketError(f"{where}: text must be a string and label a whole number")
-        yield _sample(path.parent / row[kind], kind, text, label)
+        file = path.parent / row[kind]
+        yield key_of(_content(file)), partial(_sample, file, kind, text, label)
 
 
-def _sample(file: Path, kind: str, text: str | None, label: int | None) -> tuple[str, Sample]:
+def _content(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise RocketError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _sample(file: Path, kind: str, text: str | None, label: int | None) -> Sample:
     if kind == "image":
-        return key_of(content), Sample(text=text, image=_image(file, content), label=label)
-    audio = read_wav(file) if file.suffix.lower() == ".wav" else _flac(file, content)
-    return key_of(content), Sample(text=text, audio=audio, label=label)
+        return Sample(text=text, image=_image(file, _content(file)), label=label)
+    audio = read_wav(file) if file.suffix.lower() == ".wav" else _flac(file, _content(file))
+    return Sample(text=text, audio=audio, label=label)
 
 
 def _image(file: Path, content: bytes) -> Any:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,8 @@ def _joined(clips: Sequence[Clip], name: str) -> Clip:
     return Clip(name, join([clip.audio for clip in clips], PAUSE), " ".join(clip.text for clip in clips))
 
 
-def _named(clip: Clip) -> tuple[str, Sample]:
-    return clip.name, Sample(text=clip.text, audio=clip.audio)
+def _named(clip: Clip) -> tuple[str, Callable[[], Sample]]:
+    return clip.name, partial(Sample, text=clip.text, audio=clip.audio)
 
 
 def _letters(text: str) -> str:

@@ -1,6 +1,6 @@
 """What the layers of a model see: Gram matrices of their inputs (forward) and loss sensitivities (one backward)."""
 
-from rocket.calib.calibrate import SENSITIVITY_BATCH, calibrate
+from rocket.calib.calibrate import SENSITIVITY_BATCH, calibrate, sensitivity_samples
 from rocket.calib.collect import Calibration, collect_grams
 from rocket.calib.gram import pack_triangle, unpack_triangle
 from rocket.calib.sensitivity import measure_sensitivities
@@ -15,5 +15,6 @@ __all__ = [
     "collect_grams",
     "measure_sensitivities",
     "pack_triangle",
+    "sensitivity_samples",
     "unpack_triangle",
 ]

@@ -8,9 +8,15 @@ from torch import nn
 
 from rocket.calib.collect import Calibration, collect_grams
 from rocket.calib.sensitivity import measure_sensitivities
+from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.models import Batch, LinearLayer
 
 SENSITIVITY_BATCH = 2
+
+
+def sensitivity_samples(calib: CalibConfig, profiling: ProfilingConfig) -> int:
+    """How many samples go through the backward pass; 0 where the cost needs no sensitivities."""
+    return calib.sensitivity_samples if profiling.cost == "loss" else 0
 
 
 def calibrate(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocket.calib.experts import fill_experts, warn_of
+from rocket.calib.experts import fill_experts, unpadded, warn_of
 from rocket.calib.gram import GramAccumulator
 from rocket.calib.positions import Positions, decoder_name, layers_of_media
 from rocket.calib.waypoints import Waypoint, Waypoints, can_go_on, returned, stand_in
@@ -93,8 +93,9 @@ def collect_grams(
 ) -> Calibration:
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
-    Padded positions (`Positions`) are left out. Layers that read the same tensor share one Gram;
-    this is seen at run time, by identity. What few tokens do not tell of an expert, its siblings do (`fill_experts`).
+    Padded positions (`Positions`) are left out; texts of several lengths go through models with experts one by one for
+    that, as experts do not tell which token is which. Layers that read the same tensor share one Gram; this is seen at
+    run time, by identity. What few tokens do not tell of an expert, its siblings do (`fill_experts`).
     Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
     token) are left out with a warning: nothing is known of them, so they stay as they are.
 
@@ -105,7 +106,7 @@ def collect_grams(
     what ``grams`` keeps, in² float32 for each.
     Raises RocketError naming layer and batch when activations are not finite, and when no layer is reached at all.
     """
-    batches = list(batches)[ranks.rank :: ranks.count]
+    batches = unpadded(model, layers, batches)[ranks.rank :: ranks.count]
     collector = _Collector(model, layers, batches, {} if grams is None else grams, waypoints)
     tasks = [partial(collector.run, number, batch) for number, batch in enumerate(batches)]
     with collector, torch.inference_mode():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rocket.calib.positions import Positions
 from rocket.config.errors import RocketError
-from rocket.models.inputs import IGNORED, Batch, is_encoder_decoder, label_scores, labels_of, run_forward
+from rocket.models.inputs import Batch, is_encoder_decoder, label_scores, labels_of, run_forward
 
 
 def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -34,7 +34,7 @@ def objective(model: nn.Module, batch: Batch, generator: torch.Generator) -> tup
         if labels is None or labels.shape != logits.shape[:-1]:
             return _own_predictions(logits, positions.mask(logits.shape[:-1], is_encoder_decoder(model)), generator)
         scores, targets = label_scores(model, logits, labels)
-        return F.cross_entropy(scores, targets, reduction="sum"), int((labels != IGNORED).sum())
+        return F.cross_entropy(scores, targets, reduction="sum"), len(targets)
     features = [positions.select(part, is_encoder_decoder(model)).float() for part in _features(output)]
     if not features:
         raise RocketError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rocket.calib.experts import expert_lists, fill_up_sums
+from rocket.calib.experts import expert_lists, fill_up_sums, unpadded
 from rocket.calib.objective import objective
 from rocket.calib.waypoints import Waypoints
 from rocket.config.errors import RocketError
@@ -64,7 +64,7 @@ def measure_sensitivities(
     Layers that no gradient reaches are left out with a warning. Raises RocketError when it reaches none, or is not
     finite. ``seed`` is of the random signs and labels of models without labels.
     """
-    batches = list(batches)
+    batches = unpadded(model, layers, batches)
     blocks = find_blocks(model)
     sums = {name: torch.zeros(features_of(layer)[0], dtype=torch.float64) for name, layer in layers.items()}
     tokens = dict.fromkeys(layers, 0)
@@ -133,7 +133,7 @@ def _check(model: nn.Module, reached: Mapping[str, Tensor], layers: Iterable[str
     if not reached:
         raise RocketError(
             f"{missing[0]}: no gradient reached this layer, nor any other; raise calib.sensitivity_samples, or use "
-            "cost: activation"
+            "profiling.cost: activation"
         )
     if missing:
         logger.warning(

@@ -19,6 +19,7 @@ Batch = Mapping[str, Tensor]
 IGNORED = -100
 AUDIO_INPUTS = ("input_features", "input_values")
 MEDIA_INPUTS = ("pixel_values", *AUDIO_INPUTS)
+QUESTION = {"role": "user", "content": [{"type": "image"}]}
 GIVE_BATCHES = "give rocket.plan batches of what its forward takes"
 
 
@@ -123,14 +124,17 @@ def without_cache(model: nn.Module) -> AbstractContextManager[object]:
 def labels_of(model: nn.Module, batch: Batch) -> Tensor | None:
     """The labels of a batch, `IGNORED` where there is none; None if the model has nothing to learn from it.
 
-    Those of the batch, or else, for a causal language model, its ``input_ids`` without padding and placeholders.
+    Those of the batch, or else, for a causal language model, its ``input_ids`` without padding and placeholders. Nor is
+    a text's first token one where padding stands before it, which knows nothing of what comes.
     """
     if "labels" in batch or not is_causal_lm(model) or "input_ids" not in batch:
         return batch.get("labels")
     ids = batch["input_ids"]
     hidden = _placeholders(model, ids)
     if batch.get("attention_mask") is not None:
-        hidden |= batch["attention_mask"] == 0
+        padding = batch["attention_mask"] == 0
+        hidden |= padding
+        hidden[:, 1:] |= padding[:, :-1]
     return ids.masked_fill(hidden, IGNORED)
 
 
@@ -175,6 +179,21 @@ def token_batches(model: nn.Module, tokens: Tensor, batch_size: int) -> list[Bat
     return [{"input_ids": ids, written: labels} for ids, labels in zip(read, answer, strict=True)]
 
 
+def without_padding(model: nn.Module, batch: Batch) -> list[Batch]:
+    """The rows of a batch of texts, each as long as its text; the batch itself where none is padded."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or bool(mask.all()) or is_encoder_decoder(model):
+        return [batch]
+    if not all(isinstance(value, Tensor) and value.shape[:2] == mask.shape for value in batch.values()):
+        return [batch]
+    kept = [row.nonzero()[:, 0] for row in mask]
+    return [
+        {name: value[number : number + 1, places] for name, value in batch.items()}
+        for number, places in enumerate(kept)
+        if len(places)
+    ]
+
+
 def first_batches(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
     """The first of some batches that hold at least so many samples together; None: all."""
     chosen: list[Batch] = []
@@ -195,7 +214,7 @@ def sample_batches(model: nn.Module, processor: Any, samples: Sequence[Sample], 
     - speech: features of the audio; the transcript is the labels of an encoder-decoder model
     - images: pixels
     - image and text (CLIP): pixels, and tokens padded to one length
-    - image and text (a vision-language model): the chat of an image answered by the text, labels what follows the image
+    - image and text (a vision-language model): the chat of an image answered by the text, which is the labels
 
     Raises RocketError if the model does not take what the samples hold, or not whole, or the processor cannot make it.
     """
@@ -325,23 +344,36 @@ def _pairs(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
 def _dialogues(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     texts = [_dialogue(processor, sample.text or "") for sample in samples]
     images = [[sample.image] for sample in samples]
-    start = getattr(tokenizer_of(processor), "bos_token", None)
+    tokenizer = tokenizer_of(processor)
+    start = getattr(tokenizer, "bos_token", None)
     # Many chat templates write the token that begins a text, which the tokenizer would write once more.
     begun = {"add_special_tokens": False} if start and texts[0].startswith(start) else {}
     batch = dict(processor(images=images, text=texts, padding=True, return_tensors="pt", **begun))
     labels = labels_of(model, batch)
     assert labels is not None
     # What comes before and among the pieces of the image is the prompt's frame: system text, rows and columns.
-    still_to_come = _placeholders(model, batch["input_ids"]).flip(1).cumsum(1).flip(1) > 0
-    return {**batch, "labels": labels.masked_fill(still_to_come, IGNORED)}
+    framed = _placeholders(model, batch["input_ids"]).flip(1).cumsum(1).flip(1) > 0
+    prompt = _prompt(processor)
+    if prompt and all(text.startswith(prompt) for text in texts):
+        answers = [tokenizer(text.removeprefix(prompt), add_special_tokens=False)["input_ids"] for text in texts]
+        lengths = torch.tensor([len(answer) for answer in answers])
+        framed |= batch["attention_mask"].flip(1).cumsum(1).flip(1) > lengths[:, None]
+    return {**batch, "labels": labels.masked_fill(framed, IGNORED)}
+
+
+def _prompt(processor: Any) -> str | None:
+    """What a chat template writes before an answer to an image, which is not for the model to learn."""
+    if not getattr(processor, "chat_template", None):
+        return None
+    prompt: str = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
+    return prompt
 
 
 def _dialogue(processor: Any, text: str) -> str:
     """What a vision-language model reads: an image, answered by the text."""
     if getattr(processor, "chat_template", None):
-        question = {"role": "user", "content": [{"type": "image"}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        dialogue: str = processor.apply_chat_template([question, answer])
+        dialogue: str = processor.apply_chat_template([QUESTION, answer])
         return dialogue
     token = getattr(processor, "image_token", None)
     if token is None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from rocket.calib import collect_grams, measure_sensitivities
 from rocket.calib.experts import expert_lists, fill_up, fill_up_sums, split_number
-from rocket.models import target_layers
+from rocket.models import target_layers, unstacked_experts
 
 
 def test_filling_up_by_hand():
@@ -48,6 +48,21 @@ def test_experts_are_lists_of_unequal_tokens():
     del tokens["h.1.moe.0.up"]
     assert expert_lists(layers, tokens, ["h.0", "h.1"])[1] == ["h.1.moe.0.up", "h.1.moe.1.up"]
     assert expert_lists(layers, {}, ["h.0", "h.1"]) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_padding_is_not_routed(make_model, token_ids, family):
+    model = make_model(family)
+    lengths, ids = (9, 14), token_ids[:2, :14]
+    mask = (torch.arange(14) < torch.tensor(lengths)[:, None]).long()
+    with unstacked_experts(model):
+        layers = target_layers(model)
+        padded = collect_grams(model, layers, [{"input_ids": ids * mask, "attention_mask": mask}])
+        texts = [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths, strict=True)]
+        expected = collect_grams(model, layers, texts)
+    assert padded.tokens == expected.tokens
+    for name, gram in expected.grams.items():
+        torch.testing.assert_close(padded.grams[name], gram)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from rocket.calib import measure_sensitivities
+from rocket.calib.objective import objective
 from rocket.config.errors import RocketError
 from rocket.models import find_blocks, target_layers
 
 
 def brute_force(model, name: str, token_ids: torch.Tensor) -> torch.Tensor:
-    """E[g_j²] over tokens: add zeros that require a gradient to one layer's output, one sequence at a time."""
+    """Σ g_j² for each predicted token: zeros that require a gradient are added to the output, sequence by sequence."""
     total, layer = 0.0, model.get_submodule(name)
     for ids in token_ids:
         zeros = torch.zeros(len(ids), layer.out_features, dtype=torch.float64, requires_grad=True)
@@ -21,7 +22,7 @@ def brute_force(model, name: str, token_ids: torch.Tensor) -> torch.Tensor:
         handle.remove()
         loss = sum(F.cross_entropy(logits[position], ids[position + 1]) for position in range(len(ids) - 1))
         total = total + torch.autograd.grad(loss, zeros)[0].square().sum(dim=0)
-    return total / token_ids.numel()
+    return total / token_ids[:, 1:].numel()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma2"])
@@ -79,3 +80,26 @@ def test_non_finite_gradients_name_the_layer(make_model, token_ids):
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(RocketError, match=r"model\.layers\.0\.self_attn\.q_proj: the backward pass gave non-finite"):
         measure_sensitivities(model, target_layers(model), [{"input_ids": token_ids[:2]}])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_counts_on_neither_side(make_model, token_ids, family):
+    model = make_model(family)
+    layers = target_layers(model)
+    ids, lengths = token_ids[:2].clone(), (token_ids.shape[1] - 5, token_ids.shape[1])
+    found = []
+    for side in ("right", "left"):
+        mask, rows = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            place = slice(0, length) if side == "right" else slice(ids.shape[1] - length, None)
+            mask[row, place], rows[row, place] = 1, ids[row, :length]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        batch = {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
+        found.append(measure_sensitivities(model, layers, [batch]))
+    for name, right in found[0].items():
+        torch.testing.assert_close(found[1][name], right, rtol=1e-4, atol=0.0)
+
+
+def test_terms_are_the_labels_that_are_predicted(make_model, token_ids):
+    _, terms = objective(make_model("llama"), {"input_ids": token_ids}, torch.Generator())
+    assert terms == token_ids.shape[0] * (token_ids.shape[1] - 1)

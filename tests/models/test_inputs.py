@@ -253,8 +253,19 @@ TEMPLATE = (
 )
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE, f"you see: {TEMPLATE}"])
-def test_images_answered_by_text(image_tokenizer, template):
+ROLES = (
+    "{% for message in messages %}[{{ message.role }}] {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}.{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("template", "end"), [(None, ""), (TEMPLATE, ""), (f"you see: {TEMPLATE}", ""), (ROLES, ".")], ids=repr
+)
+def test_images_answered_by_text(image_tokenizer, template, end, side):
+    image_tokenizer.padding_side = side
     model = tiny_llava()
     processor = LlavaProcessor(
         image_processor=clip_images(),
@@ -268,20 +279,26 @@ def test_images_answered_by_text(image_tokenizer, template):
     (batch,) = sample_batches(model, processor, samples, 2)
     ids, labels = batch["input_ids"], batch["labels"]
     assert (ids == 257).sum(dim=1).tolist() == [4, 4]
-    assert [image_tokenizer.decode(row[row != -100]) for row in labels] == ["two herons", "rain"]
+    assert [image_tokenizer.decode(row[row != -100]) for row in labels] == [f"two herons{end}", f"rain{end}"]
     assert run_forward(model, batch).logits.shape[:2] == ids.shape
     without = {key: value for key, value in batch.items() if key != "labels"}
     everything = ids.masked_fill((ids == 257) | (batch["attention_mask"] == 0), -100)
+    if side == "left":
+        everything[1, (batch["attention_mask"][1] == 0).sum()] = -100  # nothing stands before it
     assert torch.equal(labels_of(model, without), everything)
 
 
 def test_a_template_that_begins_a_text_leaves_no_second_beginning(image_tokenizer):
+    class Tokenizer:
+        bos_token = "<eos>"
+        __call__ = staticmethod(image_tokenizer)
+
     class Processor:
-        tokenizer = SimpleNamespace(bos_token="<eos>")
+        tokenizer = Tokenizer()
         chat_template = f"<eos>{TEMPLATE}"
 
-        def apply_chat_template(self, messages):
-            return f"<eos><image>{messages[1]['content'][0]['text']}"
+        def apply_chat_template(self, messages, add_generation_prompt=False):
+            return "<eos><image>" + "".join(part["text"] for part in messages[-1]["content"] if "text" in part)
 
         def __call__(self, images, text, add_special_tokens=True, **_):
             beginning = "<eos>" if add_special_tokens else ""

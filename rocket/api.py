@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rocket.allocation import Planner, measure_size
-from rocket.calib import SENSITIVITY_BATCH, calibrate
+from rocket.calib import SENSITIVITY_BATCH, calibrate, sensitivity_samples
 from rocket.config.schema import CalibConfig, ProfilingConfig
 from rocket.data import Sample, pack_tokens
 from rocket.forms import select_forms
@@ -63,7 +63,7 @@ def plan(
     forms = select_forms(profiling.forms)
     with unstacked_experts(model), evaluation_mode(model):
         layers = target_layers(model, targets, ignore)
-        wanted = calib.sensitivity_samples if profiling.cost == "loss" else 0
+        wanted = sensitivity_samples(calib, profiling)
         batches = material(None, calib.batch_size)
         statistics = calibrate(model, layers, batches, material(wanted, SENSITIVITY_BATCH) if wanted else ())
         layers = statistics.known(layers)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rocket.calib import SENSITIVITY_BATCH, sensitivity_samples
 from rocket.config import Config, RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.sparse import KEPT_INVERSES
@@ -48,8 +49,8 @@ UNITS = 1e9
 REMEDIES = {
     "gather activations": "lower calib.batch_size or calib.seq_len",
     "measure sensitivities": "lower calib.sensitivity_samples or calib.seq_len",
-    "profile layers": "leave the form sparse out (profiling.forms)",
-    "compress": "leave the form sparse out (profiling.forms)",
+    "profile layers": "name fewer of profiling.forms: sparse takes most, low_rank least",
+    "compress": "name fewer of profiling.forms: sparse takes most, low_rank least",
     "evaluate": "lower evaluation.batch_size or evaluation.seq_len",
 }
 MOUNTED, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -182,10 +183,10 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
             2 * states,
         )
     }
-    if calib.sensitivity_samples:
-        pair = min(2, calib.sensitivity_samples) * calib.seq_len
+    if samples := sensitivity_samples(calib, config.profiling):
+        pair = min(SENSITIVITY_BATCH, samples) * calib.seq_len
         graph, loss = pair * max(widths) * 4, pair * scores
-        kept = calib.sensitivity_samples * calib.seq_len * hidden * (len(blocks) + 2)
+        kept = samples * calib.seq_len * hidden * (len(blocks) + 2)
         needs["measure sensitivities"] = Need(
             base + weights + pair * hidden * (len(blocks) + 2) + max(graph, loss),
             base + kept + max(block + graph, outside + loss),

@@ -234,6 +234,11 @@ class Session:
         """Where in the run directory the healed model lies."""
         return f"{self.checkpoint}-healed"
 
+    @property
+    def finished_checkpoint(self) -> str:
+        """Where the model lies that the run is for: the healed one, if the config heals."""
+        return self.checkpoint if self.config.healing is None else self.healed_checkpoint
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, note its peak memory (and its energy, where that is wanted), and log all."""

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rocket import pipeline, session
 from rocket import run as run_module
-from rocket.compression import stored_values
+from rocket.compression import merge, stored_values
 from rocket.config import RocketError, load_config
+from rocket.data.splits import is_held_out
 from rocket.healing.trainer import HealingTrainer
 from rocket.nn import CompressedLinear
 from rocket.pipeline import run_pipeline
@@ -286,7 +287,8 @@ def test_report_shows_all_sizes_of_the_directory(write_config):
 
 
 @pytest.mark.parametrize(
-    "missing", ["model.layers.1.mlp.down_proj.safetensors", "sensitivities.safetensors", "index.json"]
+    "missing",
+    ["model.layers.1.mlp.down_proj.safetensors", "sensitivities.safetensors", "sensitivities.json", "index.json"],
 )
 def test_missing_calibration_is_made_again(write_config, missing):
     path = write_config()
@@ -368,6 +370,9 @@ def test_healing(write_config, text_file):
     (perplexity,) = summary.healed.perplexities.values()
     assert perplexity < next(iter(summary.compressed.perplexities.values()))
     assert not list((root / "healing").iterdir())
+    card = (summary.path / "README.md").read_text()
+    assert "healed by a short fine-tune" in card
+    assert f"{perplexity:.4g}" in card
 
     lines = len(logged(path))
     assert run(path).healed == summary.healed
@@ -381,6 +386,15 @@ def test_healing(write_config, text_file):
         "heal",
         "evaluate healed",
     }
+
+
+def test_the_healed_model_is_exported(write_config, text_file):
+    path = write_config(healing={**HEALING, "source": str(text_file)})
+    exported = run(path, stage=pipeline.export_dense)
+    assert exported.name == "removed-0.30-healed-dense"
+    healed = merge(AutoModelForCausalLM.from_pretrained(exported.with_name("removed-0.30-healed")))
+    for name, tensor in AutoModelForCausalLM.from_pretrained(exported).state_dict().items():
+        assert torch.equal(tensor, healed.state_dict()[name])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
@@ -434,6 +448,31 @@ def test_the_papers_method(write_config, method):
     assert not (path.parent / "run" / "calibration" / "sensitivities.safetensors").exists()
 
 
+def test_costs_that_need_no_sensitivities_do_without(write_config):
+    path = write_config(profiling={"cost": "activation"})
+    run(path, stage=pipeline.make_plan)
+    assert "measure sensitivities" not in dict(logged(path))
+    run(path, "profiling.cost=loss", stage=pipeline.make_plan)
+    assert "measure sensitivities" in dict(logged(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluation.texts=[{}]", "none of which falls into the held_out split"),
+        ("healing.source={}", "none of which falls into the calibration split"),
+    ],
+)
+def test_sources_are_looked_into_before_the_work(write_config, tmp_path, change, message):
+    side = "held_out" in message
+    text = next(text for number in range(99) if is_held_out(text := f"text {number}") != side)
+    path, source = write_config(), tmp_path / "one.txt"
+    source.write_text(text)
+    with pytest.raises(RocketError, match=message):
+        run(path, change.format(source), "healing.minutes=1")
+    assert "gather activations" not in dict(logged(path))
+
+
 @pytest.mark.parametrize("budget", [{"kept_parameters": 30_000}, {"bytes": "125KB"}])
 def test_budgets_of_the_whole_model(write_config, budget):
     path = write_config(compression=budget)
@@ -480,7 +519,7 @@ def test_real_model(smollm2, tmp_path):
     with torch.no_grad():
         ids = smollm2.tokens[:1, :64]
         assert torch.equal(again(ids).logits, small(ids).logits)
-    held_out = load_documents("embedded", "held_out").texts
+    held_out = load_documents("embedded", "held_out")
     before, after = (
         perplexity(model, smollm2.tokenizer, held_out, seq_len=256, max_tokens=1024).value
         for model in (smollm2.model, again)

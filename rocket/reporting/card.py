@@ -24,20 +24,23 @@ def model_card(
     plan: Plan,
     original: Evaluation | None = None,
     compressed: Evaluation | None = None,
+    healed: bool = False,
 ) -> str:
     """Markdown with the hub's front matter: base model, sizes, plan, measured quality, how to open it, what made it.
 
-    Reads the checkpoint's config.json only. Without evaluations it says that quality was not measured. It depends on
-    its arguments alone, so that it can be written anew.
+    ``compressed`` is what was measured of the checkpoint, which was ``healed`` or not. Reads the checkpoint's
+    config.json only. Without evaluations it says that quality was not measured. It depends on its arguments alone, so
+    that it can be written anew.
     """
+    trained = "and healed by a short fine-tune at fixed sparsity" if healed else "without training"
     parts = [
         _front_matter(config, plan),
         f"# {_plain(config.model.path)}, compressed by ROCKET",
-        f"{_code(config.model.path)}, compressed by [ROCKET](https://arxiv.org/abs/2602.11008) without training: "
+        f"{_code(config.model.path)}, compressed by [ROCKET](https://arxiv.org/abs/2602.11008) {trained}: "
         f"{plan}, {100 * plan.bytes_removed_ratio:.1f} % of all bytes saved. "
         "The base model's licence and limits apply.",
         "## Size\n\n" + _sizes(plan),
-        "## Quality\n\n" + _quality(plan, original, compressed),
+        "## Quality\n\n" + _quality(plan, original, compressed, healed),
         "## What became of the layers\n\n" + _forms(plan),
         "## Opening it\n\n" + _opening(checkpoint, config, plan),
         "## How it was made\n\n"
@@ -84,15 +87,20 @@ def _removed(after: int, before: int) -> str:
     return f"{100 * (1 - after / before):.1f} %"
 
 
-def _quality(plan: Plan, original: Evaluation | None, compressed: Evaluation | None) -> str:
+def _quality(plan: Plan, original: Evaluation | None, compressed: Evaluation | None, healed: bool) -> str:
     lines = []
+    moment, command = ("before healing", "run") if healed else ("beforehand", "evaluate")
     if plan.profiling.cost == "loss":
-        lines.append(f"Predicted beforehand: loss + {plan.cost:.4f} nats a token on text like the calibration set's.")
+        lines.append(f"Predicted {moment}: loss + {plan.cost:.4f} nats a token on text like the calibration set's.")
     if original is None or compressed is None:
-        lines.append("Not measured yet; `rocket evaluate` with the config below completes this card.")
+        lines.append(f"Not measured yet; `rocket {command}` with the config below completes this card.")
     else:
         rows = [(_plain(name), *values) for name, *values in measured_rows(original, compressed)]
-        lines.append(_table(("", "original", "compressed"), rows) if rows else "Nothing was asked to be measured.")
+        lines.append(
+            _table(("", "original", "healed" if healed else "compressed"), rows)
+            if rows
+            else "Nothing was asked to be measured."
+        )
     return "\n\n".join(lines)
 
 

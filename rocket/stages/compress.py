@@ -13,14 +13,12 @@ from rocket.compression import (
     compress,
     compressed_layers,
     linear_layer,
-    merge,
     save_checkpoint,
     stored_values,
 )
 from rocket.config import RocketError
-from rocket.models import open_checkpoint
 from rocket.reporting.card import model_card
-from rocket.run import UNCHECKED, fingerprint
+from rocket.run import UNCHECKED
 from rocket.session import Session
 from rocket.stages.profile import make_plan, work_of
 from rocket.usage import track
@@ -97,20 +95,3 @@ class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def export_dense(session: Session) -> Path:
-    """The compressed model multiplied out into plain weights, for engines that know nothing of rocket."""
-    path = compress_model(session)
-    name = f"{session.checkpoint}-dense"
-    expected = fingerprint(dense=session.plan_fingerprint)
-    if session.agree(session.run.has_directory(name, expected)):
-        session.skip("export dense")
-        return session.run.path / name
-    if session.leads:
-        with session.stage("export dense"), session.run.new_directory(name, expected) as directory:
-            model, processor = open_checkpoint(path, session.config.model)
-            merge(model, inplace=True).save_pretrained(directory)
-            processor.save_pretrained(directory)
-    session.wait()
-    return session.run.path / name

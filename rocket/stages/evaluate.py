@@ -40,12 +40,18 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
 
 
 def evaluate_healed(session: Session) -> Evaluation | None:
-    """The healed model, measured as the others are; None if the config does not heal. Writes evaluation/*.json."""
+    """The healed model, measured as the others are; None if the config does not heal.
+
+    Writes evaluation/*.json, and the healed checkpoint's model card.
+    """
     if session.config.healing is None:
         return None
     original, kept = _evaluate_original(session)
     path = heal_model(session)
-    return _evaluate_smaller(session, "healed", path, session.healing_fingerprint, original, kept)
+    healed = _evaluate_smaller(session, "healed", path, session.healing_fingerprint, original, kept)
+    card = model_card(path, session.config, make_plan(session), original, healed, healed=True)
+    session.run.write_text(f"{session.healed_checkpoint}/{UNCHECKED}", card)
+    return healed
 
 
 def _evaluate_smaller(

@@ -18,6 +18,7 @@ from rocket.calib import (
     collect_grams,
     measure_sensitivities,
     pack_triangle,
+    sensitivity_samples,
     unpack_triangle,
 )
 from rocket.config import RocketError
@@ -65,14 +66,19 @@ class StoredGrams(MutableMapping[str, Tensor]):
         return len(self._names)
 
 
+_INDEX = "calibration/index.json"
+_SENSITIVE = "calibration/sensitivities.json"
+_SENSITIVITIES = "calibration/sensitivities.safetensors"
+
+
 def _gram_file(name: str) -> str:
     return f"calibration/{name}.safetensors"
 
 
 def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
-    """Run the calibration set through the model: Gram matrices, and sensitivities if asked for.
+    """Run the calibration set through the model: Gram matrices, and sensitivities if the cost needs them.
 
-    Writes calibration/. Costs one forward pass (and a backward pass over ``calib.sensitivity_samples``); for memory see
+    Writes calibration/. Costs one forward pass (and a backward pass over `sensitivity_samples`); for memory see
     `collect_grams` and `measure_sensitivities`.
     """
     stored = _stored_calibration(session)
@@ -87,8 +93,8 @@ def gather_activations(session: Session) -> tuple[Calibration, ModelSize]:
     batches = calibration_batches(session)
     if session.agree(stored is None):
         _collect(session, batches(None, session.config.calib.batch_size))
-    if session.config.calib.sensitivity_samples:
-        _measure(session, batches(session.config.calib.sensitivity_samples, SENSITIVITY_BATCH))
+    if count := _wanted(session):
+        _measure(session, batches(count, SENSITIVITY_BATCH))
     return _found_calibration(session)
 
 
@@ -99,20 +105,19 @@ def _collect(session: Session, batches: Sequence[Batch]) -> None:
     grams, waypoints = StoredGrams(session.run, session.calibration_fingerprint), _waypoints(session)
     with session.stage("gather activations"):
         calibration = collect_grams(session.model, session.layers, batches, grams, waypoints)
-    _write_index(session, calibration)
+    _write_index(session, _INDEX, calibration)
     waypoints.clear()
 
 
 def _measure(session: Session, batches: Sequence[Batch]) -> None:
-    """Write the sensitivities, and what they are known of into the index."""
+    """Write the sensitivities, and an index of the layers that have one."""
     calibration, _ = _found_calibration(session)
     known, seen, waypoints = calibration.known(session.layers), calibration.seen(), _waypoints(session)
     with session.stage("measure sensitivities"):
         sensitivities = measure_sensitivities(session.model, known, batches, seen=seen, waypoints=waypoints)
     if session.leads:
-        name = "calibration/sensitivities.safetensors"
-        session.run.write_tensors(name, session.calibration_fingerprint, sensitivities)
-    _write_index(session, calibration.with_sensitivities(sensitivities))
+        session.run.write_tensors(_SENSITIVITIES, session.calibration_fingerprint, sensitivities)
+    _write_index(session, _SENSITIVE, calibration.with_sensitivities(sensitivities))
     waypoints.clear()
 
 
@@ -128,11 +133,11 @@ def _waypoints(session: Session) -> Waypoints:
     return Waypoints(session.run, bits)
 
 
-def _write_index(session: Session, calibration: Calibration) -> None:
+def _write_index(session: Session, name: str, calibration: Calibration) -> None:
     size = measure_size(session.model, calibration.known(session.layers))
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}
     if session.leads:
-        session.run.write_json("calibration/index.json", session.calibration_fingerprint, index)
+        session.run.write_json(name, session.calibration_fingerprint, index)
     session.wait()
 
 
@@ -144,28 +149,36 @@ def _found_calibration(session: Session) -> tuple[Calibration, ModelSize]:
 
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
+    """What the run directory holds; with sensitivities, of the layers that have one, where these are wanted."""
     run, expected = session.run, session.calibration_fingerprint
-    content = run.read_json("calibration/index.json", expected)
-    if content is None:
+    index = _read_index(session, _INDEX)
+    if index is None or any(not run.has_file(_gram_file(name)) for name in index.tokens):
         return None
-    index = read_record(_CalibrationIndex, content, run.path / "calibration/index.json")
-    if any(not run.has_file(_gram_file(name)) for name in index.tokens):
-        return None
-    sensitivities: dict[str, Tensor] = {}
-    if session.config.calib.sensitivity_samples:
-        sensitivities = run.read_tensors("calibration/sensitivities.safetensors", expected) or {}
     grams = StoredGrams(run, expected, list(index.tokens))
-    return Calibration(index.inputs, grams, index.tokens, sensitivities), index.size
+    if _wanted(session):
+        sensitive, sensitivities = _read_index(session, _SENSITIVE), run.read_tensors(_SENSITIVITIES, expected)
+        if sensitive is not None and sensitivities is not None:
+            return Calibration(sensitive.inputs, grams, index.tokens, sensitivities), sensitive.size
+    return Calibration(index.inputs, grams, index.tokens), index.size
+
+
+def _read_index(session: Session, name: str) -> _CalibrationIndex | None:
+    content = session.run.read_json(name, session.calibration_fingerprint)
+    return None if content is None else read_record(_CalibrationIndex, content, session.run.path / name)
+
+
+def _wanted(session: Session) -> int:
+    return sensitivity_samples(session.config.calib, session.config.profiling)
 
 
 def _has_sensitivities(session: Session, calibration: Calibration) -> bool:
     """Whether they are known, if they are wanted."""
-    return not session.config.calib.sensitivity_samples or calibration.inputs.keys() <= calibration.sensitivities.keys()
+    return not _wanted(session) or calibration.inputs.keys() <= calibration.sensitivities.keys()
 
 
 @dataclass(frozen=True)
 class _CalibrationIndex:
-    """calibration/index.json: `Calibration` without its tensors, and the size of the model."""
+    """`Calibration` without its tensors, and the size of the model: of all layers, or of those with a sensitivity."""
 
     inputs: dict[str, str]
     tokens: dict[str, Whole]
@@ -173,4 +186,4 @@ class _CalibrationIndex:
 
     def __post_init__(self) -> None:
         if not self.inputs or not set(self.inputs.values()) <= self.tokens.keys():
-            raise RocketError("calibration/index.json names inputs that it does not count; delete it and run again")
+            raise RocketError("calibration/ has an index of inputs that it does not count; delete it and run again")

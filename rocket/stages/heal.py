@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 from rocket.config import RocketError
+from rocket.reporting.card import model_card
+from rocket.run import UNCHECKED
 from rocket.session import Session
 from rocket.stages.compress import compress_model
 from rocket.stages.material import healing_examples
+from rocket.stages.profile import make_plan
 
 
 def heal_model(session: Session) -> Path:
@@ -32,5 +35,7 @@ def heal_model(session: Session) -> Path:
     scratch = run.path / "healing" / session.budget.name
     with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
         heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
+        card = model_card(directory, config, make_plan(session), healed=True)
+        (directory / UNCHECKED).write_text(card, encoding="utf-8")
     shutil.rmtree(scratch)
     return healed

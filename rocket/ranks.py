@@ -51,7 +51,11 @@ class Ranks:
             dist.destroy_process_group()
         self.rank, self.count = 0, 1
 
-    def gather(self, item: Item) -> list[Item]:
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
+        self.all_gather(None)
+
+    def all_gather(self, item: Item) -> list[Item]:
         """What every process gives here, by rank. All must call it; so it also waits for all."""
         if self.count == 1:
             return [item]
@@ -60,7 +64,7 @@ class Ranks:
             dist.all_gather_object(items, item)
         return items
 
-    def share(self, item: Item, source: int) -> Item:
+    def broadcast(self, item: Item, source: int) -> Item:
         """What the process ``source`` gives here."""
         if self.count == 1:
             return item
@@ -69,7 +73,7 @@ class Ranks:
             dist.broadcast_object_list(items, src=source)
         return items[0]
 
-    def add_up(self, tensor: Tensor, to: int | None = None) -> None:
+    def reduce(self, tensor: Tensor, to: int | None = None) -> None:
         """Add the tensors of all processes, in place, at all of them or at one (elsewhere it then holds anything)."""
         if self.count > 1:
             with _contact():

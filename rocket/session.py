@@ -174,11 +174,11 @@ class Session:
 
     def agree(self, item: Item) -> Item:
         """What the first process thinks, so that all go the same way whatever they find in the directory by then."""
-        return ranks.share(item, source=0)
+        return ranks.broadcast(item, source=0)
 
     def wait(self) -> None:
         """Until all processes have come here."""
-        ranks.gather(None)
+        ranks.barrier()
 
     def release_model(self) -> None:
         """Forget the original model, so that it and the compressed one need not be in memory together."""

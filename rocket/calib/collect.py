@@ -186,7 +186,7 @@ class _Collector:
         if self._waypoints is None:
             return
         waypoint = self._waypoints.last()
-        if waypoint and all(ranks.gather(self._can_go_on(waypoint, tasks))):
+        if waypoint and all(ranks.all_gather(self._can_go_on(waypoint, tasks))):
             self._from = waypoint
             self._passed.update(waypoint.passed)
             self.inputs.update(waypoint.inputs)
@@ -246,7 +246,7 @@ class _Collector:
             and not self._accumulators
             and all(map(_has_whole_state, calls))
         )
-        if all(ranks.gather(is_possible and self._waypoints.due)):
+        if all(ranks.all_gather(is_possible and self._waypoints.due)):
             known = (dict(self.inputs), dict(self.tokens), dict(self._short))
             self._waypoints.save(Waypoint(passed, len(calls), *known), map(_state_of, calls))
 
@@ -280,7 +280,7 @@ class _Collector:
                 if known:
                     gram = (known * self.grams[name] + tokens[name] * gram) / (known + tokens[name])
                 self.grams[name] = gram
-        found, tokens, short = ranks.share((found, tokens, short), owner)
+        found, tokens, short = ranks.broadcast((found, tokens, short), owner)
         self.inputs.update(found)
         self._short.update(short)
         for name, number in tokens.items():
@@ -291,7 +291,7 @@ class _Collector:
         """Bring the sums of these layers together at one process, whose rank is returned."""
         mine = {name: self._accumulators[name].tokens for name in layers if name in self._accumulators}
         block = next(iter(layers), "")
-        everyones = ranks.gather((block, mine, {name: self.inputs[name] for name in layers if name in self.inputs}))
+        everyones = ranks.all_gather((block, mine, {name: self.inputs[name] for name in layers if name in self.inputs}))
         owner = self._of_block_number(block) % ranks.count
         if len(everyones) == 1:
             return owner
@@ -304,7 +304,7 @@ class _Collector:
             if name not in self._accumulators:
                 self._accumulators[name] = GramAccumulator(features_of(self.layers[name])[1], self._device)
             for total in self._accumulators[name].sums:
-                ranks.add_up(total, to=owner)
+                ranks.reduce(total, to=owner)
             self._accumulators[name].tokens = sum(tokens.get(name, 0) for _, tokens, _ in everyones)
         for _, _, inputs in everyones:
             self.inputs.update(inputs)

@@ -79,11 +79,11 @@ def measure_sensitivities(
             if waypoints is not None and waypoints.due and len(terms) < len(mine):
                 waypoints.save_sums({**sums, **_counts(tokens, terms)})
     progress.close()
-    everyones = ranks.gather((terms, tokens))
+    everyones = ranks.all_gather((terms, tokens))
     total_terms = math.fsum(term for terms, _ in everyones for term in terms)
     tokens = {name: sum(tokens[name] for _, tokens in everyones) for name in tokens}
     for total in sums.values():
-        ranks.add_up(total)
+        ranks.reduce(total)
     for experts in expert_lists(layers, tokens, list(blocks)):
         sums.update(fill_up_sums(sums, tokens, experts, EXPERT_TOKENS, tokens if seen is None else seen))
     sensitivities = {name: (total / max(total_terms, 1e-30)).float() for name, total in sums.items()}

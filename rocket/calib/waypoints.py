@@ -74,7 +74,7 @@ class Waypoints:
         for task, state in enumerate(states):
             self._run.write_tensors(self._file(number, task), self._expected, {"state": state})
         self._run.write_json(f"{self._home}/{number}.json", self._expected, asdict(waypoint))
-        ranks.gather(None)
+        ranks.barrier()
         for other in self._numbers():
             if other != number:
                 self._remove(other)
@@ -83,7 +83,7 @@ class Waypoints:
     def last(self) -> Waypoint | None:
         """The last one that all processes have."""
         own = {number: waypoint for number in self._numbers() if (waypoint := self._read(number)) is not None}
-        common = set(own).intersection(*ranks.gather(set(own)))
+        common = set(own).intersection(*ranks.all_gather(set(own)))
         return own[max(common)] if common else None
 
     def state(self, waypoint: Waypoint, call: Call) -> Tensor:
@@ -105,10 +105,10 @@ class Waypoints:
 
     def clear(self) -> None:
         """Remove all, of all processes."""
-        ranks.gather(None)
+        ranks.barrier()
         if ranks.rank == 0:
             self._run.remove(WAYPOINTS)
-        ranks.gather(None)
+        ranks.barrier()
 
     def _numbers(self) -> list[int]:
         found = (self._run.path / self._home).glob("*.json")

@@ -143,7 +143,7 @@ def test_all_commands_in_turn(home):
     assert "corrected by measured plans" in (home / "run" / "report.html").read_text()
     exported = invoke(main.main, "export", "--dense", *config)
     assert exported.exit_code == 0
-    assert "removed-0.30-dense" in exported.stdout
+    assert "removed-0.30-healed-dense" in exported.stdout
     assert invoke(main.main, "export", *config).exit_code == 2
 
 

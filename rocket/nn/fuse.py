@@ -73,7 +73,7 @@ class SharedInput:
         if len(self._layers) == 1:
             return None
         values, scales, masks, offsets, biases = (tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS))
-        if any(tensor is None for tensor in (*values, *offsets)):
+        if not all(tensor is not None and operands.is_plain(tensor) for tensor in (*values, *offsets)):
             return None
         for value, scale in zip(values, scales, strict=True):
             if operands.value_type(value, scale) != inputs.dtype or value.device != inputs.device:

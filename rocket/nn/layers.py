@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap, int8, macko, ops
+from rocket.kernels import bitmap, int8, macko, operands, ops
 
 if TYPE_CHECKING:
     from rocket.nn.fuse import SharedInput
@@ -338,7 +338,14 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
 
 
 def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
-    """Whether kernels can stand in for torch in a layer: not for gradients, under autocast or in a transform."""
+    """Whether kernels can stand in for torch in a layer.
+
+    Not for gradients, under autocast or in a transform, nor where a parameter is not plain (an exporter's stand-ins are
+    not, but what they stand for is).
+    """
+    for parameter in layer._parameters.values():
+        if parameter is not None and not operands.is_plain(parameter) and not torch.compiler.is_exporting():
+            return False
     if torch.is_grad_enabled():
         parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
         if any(tensor.requires_grad for tensor in (inputs, *parameters)):

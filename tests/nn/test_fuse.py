@@ -175,6 +175,17 @@ def test_changed_tensors_count(group, change):
         torch.testing.assert_close(out_of(layer, x), plain(layer, x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_is_no_plain_memory_any_more(group, make_odd):
+    first, second = group.layers[:2]
+    x = torch.randn(1, first.in_features)
+    expected = [out_of(layer, x) for layer in (first, second)]
+    second.weight = make_odd(second.weight)
+    for layers in ((first, second), (second, first)):
+        y = x.clone()
+        found = {layer: out_of(layer, y) for layer in layers}
+        torch.testing.assert_close([found[first], found[second]], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_input_changed_in_place_is_another_input(group):
     first, second = group.layers[:2]
     x = torch.randn(1, first.in_features)

@@ -87,6 +87,20 @@ def test_int8_takes_inputs_of_another_type(form, kernels):
     assert torch.equal(layer(inputs.half()), layer(inputs))
 
 
+@pytest.mark.parametrize("form", [form for form, _ in FLOATING])
+@torch.no_grad()
+def test_values_that_are_no_plain_memory_go_by_torch(form, make_odd):
+    layer = make_layer(form)
+    layer.use_kernels()
+    inputs = torch.randn(2, IN, generator=torch.Generator().manual_seed(2))
+    expected = layer(inputs)
+    for name in {"weight", "dictionary"} & dict(layer.named_parameters()).keys():
+        plain = getattr(layer, name)
+        setattr(layer, name, make_odd(plain))
+        torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
+        setattr(layer, name, plain)
+
+
 def test_dense_weight_by_hand():
     layer = empty_layer(LayerSpec("sparse", 3, 2, 0, 3, ""), bias=False)
     layer.load_state_dict(

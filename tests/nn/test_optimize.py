@@ -201,6 +201,36 @@ def test_layers_with_hooks_are_left_alone(make_model):
 
 
 @needs_kernels
+@pytest.mark.parametrize("optimized_first", [True, False])
+def test_weights_that_are_no_plain_memory_go_by_torch(make_model, token_ids, make_odd, optimized_first):
+    model = make_model("llama")
+    expected = logits(model, token_ids[:1, :4])
+    if optimized_first:
+        logits(rocket.optimize(model), token_ids[:1, :4])
+    model.lm_head.weight = make_odd(model.lm_head.weight)
+    rocket.optimize(model)
+    assert (type(model.lm_head) is DenseLinear) == optimized_first
+    torch.testing.assert_close(logits(model, token_ids[:1, :4]), expected, rtol=1e-4, atol=1e-4)
+    entry = next(entry for entry in rocket.explain(model) if entry.layer == "lm_head")
+    assert entry.path == "torch"
+    assert entry.reason in ("its weight is of class Wrapped", "its weight is not contiguous")
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("optimized_first", [True, False])
+@torch.no_grad()
+def test_a_sparse_weight_of_torch_goes_by_torch(optimized_first):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(1, 4)
+    expected = model(x)
+    if optimized_first:
+        rocket.optimize(model)
+    model[0].weight = nn.Parameter(model[0].weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(rocket.optimize(model)(x), expected)
+    assert [entry.reason for entry in rocket.explain(model)] == ["its weight is of layout torch.sparse_csr"]
+
+
+@needs_kernels
 def test_types_without_a_kernel_are_left_alone(make_model):
     model = rocket.optimize(make_model("llama", torch.float64))
     assert "no kernel for torch.float64" in str(rocket.explain(model)[0])

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from rocket.kernels import bitmap
 from rocket.nn import LAYERS, FactorizedLinear, Int8Linear, LayerSpec, LowRankLinear, SparseLinear
 from rocket.nn.layers import CompressedLinear, empty_layer
+from rocket.nn.optimize import DenseLinear
 
 IN, OUT, RANK, KEPT = 70, 24, 20, 300  # 70 columns: rows of the mask are padded to two words
 FLOATING = [("low_rank", "float"), ("sparse", "float"), ("dictionary", "float")]
@@ -152,6 +155,56 @@ def test_gradients_flow_to_stored_values_only(form):
     else:
         expected = expected @ layer.dictionary.T
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-3, atol=1e-3)
+
+
+class Shifted(nn.Module):
+    """A parametrization that is trained itself."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros_like(values))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.shift
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("sparse", "weight"), ("sparse", "bias"), ("dictionary", "dictionary"), ("low_rank", "weight"), (None, "weight")],
+)
+def test_parametrizations_of_optimized_layers_get_their_gradient(form, name):
+    layer = DenseLinear(IN, OUT) if form is None else make_layer(form)
+    if isinstance(layer, CompressedLinear):
+        layer.use_kernels()
+    layer.requires_grad_(False)
+    shifted = Shifted(getattr(layer, name))
+    parametrize.register_parametrization(layer, name, shifted)
+    layer(torch.ones(2, IN)).sum().backward()
+    assert shifted.shift.grad is not None
+    assert shifted.shift.grad.any()
+
+
+def replica_of(layer: nn.Module) -> nn.Module:
+    """What DataParallel makes of a layer on another device: its parameters are tensors like any attribute."""
+    replica = layer._replicate_for_data_parallel()
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        if tensor is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, tensor.view_as(tensor))
+    return replica
+
+
+@pytest.mark.parametrize(("form", "precision"), KINDS)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_replicas_of_data_parallel(form, precision, kernels):
+    layer = make_layer(form, precision=precision)
+    layer.use_kernels(kernels)
+    inputs = torch.randn(2, IN, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(replica_of(layer)(inputs), layer(inputs), rtol=1e-4, atol=1e-4)
+    replica_of(layer)(inputs).sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("form", ["sparse", "dictionary"])

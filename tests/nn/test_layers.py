@@ -71,6 +71,25 @@ def test_function_transforms_see_through_the_kernels(form, precision):
         torch.testing.assert_close(dual.tangent, tangent, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("form", [form for form, _ in FLOATING])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gradients_of_functions_of_the_parameters(form, kernels):
+    layer = make_layer(form)
+    layer.use_kernels(kernels)
+    inputs = torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(2))
+
+    def loss(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, inputs).square().sum()
+
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    found = torch.func.grad(loss)(parameters, inputs)
+    apart = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, inputs)
+    layer(inputs).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+        torch.testing.assert_close(apart[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(("form", "precision"), KINDS)
 @pytest.mark.parametrize("kernels", [True, False])
 def test_shapes_on_meta(form, precision, kernels):

@@ -7,6 +7,7 @@ import weakref
 import accelerate
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 import rocket
@@ -106,6 +107,44 @@ def test_compiles_to_one_graph(model, token_ids):
             found = compiled(input_ids=token_ids[:1, :4], use_cache=False).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert all(group._pending is None for group in groups(model).values())
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def test_exports_with_dynamic_shapes(model, token_ids):
+    """One graph for few rows of input, which the kernels multiply directly, and for many."""
+    whole = Logits(model.optimize()).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=100)},)
+    exported = torch.export.export(whole, (token_ids[:2, :6].clone(),), dynamic_shapes=shapes).module()
+    for ids in (token_ids[:2, :3], token_ids[:3, :20]):
+        torch.testing.assert_close(exported(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiles_to_one_graph_for_few_rows_and_many(model, token_ids):
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(Logits(model.optimize()).eval(), backend=graphs, dynamic=True)
+    for length in (3, 9, 30):
+        ids = token_ids[:2, :length]
+        torch.testing.assert_close(compiled(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_is_traced(model, token_ids):
+    traced = torch.jit.trace(Logits(model.optimize()).eval(), token_ids[:1, :4])
+    ids = token_ids[1:2, :4]
+    torch.testing.assert_close(traced(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_is_explained(model):

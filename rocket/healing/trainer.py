@@ -87,12 +87,21 @@ def fit(
     if original is not None:
         original.to(arguments.device)
     pace = Pace(None if healing.minutes is None else 60 * healing.minutes, arguments.max_steps)
+    use_cache = vars(model.config).get("use_cache")
     trainer = HealingTrainer(model, processor, original, healing, arguments, examples, pace)
     loss = trainer.train(resume_from_checkpoint=last_checkpoint(scratch)).training_loss
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
+    _set_use_cache(model.config, use_cache)
     steps = trainer.state.global_step
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Healing(steps, tokens_a_step and steps * tokens_a_step, pace.seconds, parameters, loss)
+
+
+def _set_use_cache(config: Any, value: bool | None) -> None:
+    """As it was before the Trainer turned it off for good, also in configs that know of none: it is saved with them."""
+    vars(config).pop("use_cache", None)
+    if value is not None:
+        config.use_cache = value
 
 
 def last_checkpoint(scratch: Path) -> str | None:

@@ -1,5 +1,7 @@
 """Healing of a tiny model from checkpoint to checkpoint."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,6 +60,13 @@ def test_distillation_comes_closer_to_the_original(pair, healed, train):
     assert compressed
     if train != "lora":
         assert took.parameters == sum(after[name].numel() for name in expected)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_nothing_but_values_changes(pair, healed, gradient_checkpointing):
+    output, _ = healed(tokens=4 * 32, gradient_checkpointing=gradient_checkpointing)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((output / name).read_text()) == json.loads((pair.compressed / name).read_text())
 
 
 def test_language_modelling_lowers_the_loss(pair, healed):

@@ -95,6 +95,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(healed, monkeypatch, train, t
     (tmp_path / "resumed-work" / "checkpoint-6").mkdir()  # as if killed while writing it
     resumed, again = healed("resumed", train=train)
     assert again.steps == took.steps
+    assert again.loss == pytest.approx(took.loss)
     before, after = tensors_of(undisturbed), tensors_of(resumed)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -113,6 +114,7 @@ def test_two_processes_share_a_batch(healed):
     whole, took = healed("whole")
     shared, again = healed("shared", batch_size=2, processes=2)
     assert (again.steps, again.tokens) == (took.steps, took.tokens)
+    assert again.loss == pytest.approx(took.loss, rel=1e-3)
     for name, tensor in tensors_of(whole).items():
         torch.testing.assert_close(tensors_of(shared)[name], tensor, rtol=1e-3, atol=1e-4)
 
@@ -140,7 +142,8 @@ def test_no_step_is_wasted(healed, monkeypatch):
 
 def test_time_of_earlier_attempts_counts():
     pace = Pace(limit=100.0, max_steps=10)
-    state = type("State", (), {"stateful_callbacks": {"Pace": {"args": {}, "attributes": {"seconds": 60.0}}}})
+    before = {"args": {}, "attributes": {"seconds": 60.0, "loss_sum": 2.0}}
+    state = type("State", (), {"stateful_callbacks": {"Pace": before}})
     pace.on_train_begin(None, state, None)
     pace.on_optimizer_step(None, state, None)
     assert 0.6 < pace.share(1) < 0.7

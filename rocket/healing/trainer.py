@@ -69,6 +69,7 @@ def fit(
         fp16=loading.dtype == "float16",
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and processes > 1 else None,
+        ddp_find_unused_parameters=True,  # experts may get no token, under gradient checkpointing as well
         adam_beta2=0.95,
         logging_steps=10,
         save_steps=healing.save_steps,

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import rocket
 from rocket.config.errors import RocketError
 from rocket.config.schema import HealingConfig, ModelConfig
 from rocket.data import Sample
@@ -117,6 +118,23 @@ def test_two_processes_share_a_batch(healed):
     assert again.loss == pytest.approx(took.loss, rel=1e-3)
     for name, tensor in tensors_of(whole).items():
         torch.testing.assert_close(tensors_of(shared)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_heal_experts_that_get_no_token(make_model, token_ids, quick_settings, byte_tokenizer, tmp_path):
+    calib, profiling = quick_settings
+    model = make_model("qwen3_moe", num_experts=16)
+    compressed = rocket.compress(
+        model, rocket.plan(model, token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.3)
+    )
+    for name, saved in (("original", model), ("compressed", compressed)):
+        saved.save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "healed").mkdir()
+    settings = HealingConfig(seq_len=8, batch_size=1, tokens=3 * 2 * 8, gradient_checkpointing=True)
+    config = ModelConfig(path=str(tmp_path / "original"), dtype="float32", device="cpu")
+    places = tmp_path / "work", tmp_path / "healed"
+    assert heal(tmp_path / "compressed", config, settings, token_ids[:, :8], *places, processes=2).steps == 3
 
 
 @pytest.mark.slow

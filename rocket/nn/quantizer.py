@@ -267,7 +267,8 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     """Compare what config.json makes of the model, on meta, with what the files hold.
 
     transformers fills tensors that a checkpoint lacks with random numbers and a warning. Here that is an error; but for
-    another class than was saved, whose head may be new, only in compressed layers and repeated blocks.
+    another class than was saved, whose head may be new, only in compressed layers and repeated blocks. Outside of these
+    a tensor of another shape is left to transformers, which refuses it unless it is asked to make it anew.
     """
     from rocket.models import Endings, check_size, find_blocks  # here, as it imports the model classes
 
@@ -276,17 +277,18 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     ours = {id(tensor): f"{name}.{key}" for name, layer in layers.items() for key, tensor in _tensors_of(layer)}
     config: Any = model.config
     saved_as_this = type(model).__name__ in (config.architectures or ())
-    required = ("",) if saved_as_this else tuple(f"{name}." for name in find_blocks(model))
+    blocks = tuple(f"{name}." for name in find_blocks(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     persistent = model.state_dict().keys()
     missing = 0
     for name, tensor in _tensors_of(model):
         own_name = ours.get(id(tensor), name)
-        is_required = name in persistent and (id(tensor) in ours or name.startswith(required))
+        must_fit = name in persistent and (id(tensor) in ours or name.startswith(blocks))
+        is_required = must_fit or (name in persistent and saved_as_this)
         stored_name = present.find(own_name) if name in persistent else None
-        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, is_required):
+        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, must_fit):
             continue
-        if is_required and name not in tied and name not in rebuilt:
+        if stored_name is None and is_required and name not in tied and name not in rebuilt:
             raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
         missing += 0 if name in tied else tensor.numel()
     check_size(missing)

@@ -77,13 +77,12 @@ def optimize(model: Model, backend: Backend = "auto") -> Model:
     return model
 
 
-def attach_optimize(model: nn.Module) -> None:
-    """Give a model's class the method ``optimize``, unless it has one of its own.
+def attach_optimize(model_class: Any) -> None:
+    """Give a class of models the method ``optimize``, unless it has one of its own.
 
     The class, because a method that a model holds is a cycle of references and does not survive pickling.
     """
-    if not hasattr(type(model), "optimize"):
-        model_class: Any = type(model)
+    if not hasattr(model_class, "optimize"):
         model_class.optimize = optimize
 
 

@@ -73,8 +73,12 @@ class RocketConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("rocket")
 class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the layers named in the config for empty compressed ones; transformers then loads their tensors."""
+    """Swaps the layers named in the config for empty compressed ones; transformers then loads their tensors.
 
+    A model holds its quantizer, which keeps the model's class to give it ``optimize`` wherever the model is unpickled.
+    """
+
+    model_class: type[nn.Module] | None = None
     requires_calibration = True
     requires_parameters_quantization = False
 
@@ -115,9 +119,19 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, CompressedLinear):
                 _check_values(name, module)
                 module.take_gradients()  # transformers gives all that it loads one
-        _keep_names(model)
-        attach_optimize(model)
+        self.adopt(model)
         return model
+
+    def adopt(self, model: nn.Module) -> None:
+        """Give a model what compressed ones have beside their layers."""
+        _keep_names(model)
+        self.model_class = type(model)
+        attach_optimize(self.model_class)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.model_class is not None:
+            attach_optimize(self.model_class)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Called by transformers 4.57 only, which does not tell the checkpoint's files beforehand."""
@@ -189,13 +203,13 @@ def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> 
     modules = {name: spec.to_dict() for name, spec in specs.items()}
     config = RocketConfig(modules, FORMAT_VERSION, expert_layouts(model))
     model.config.quantization_config = config
-    model.hf_quantizer = RocketQuantizer(config, pre_quantized=True)
+    quantizer = RocketQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
     model.quantization_method = "rocket"
     model.is_quantized = True
     for part in _configs(model):
         part._is_quantized = True  # asked by the attention of transformers 5, which else looks for an nn.Linear
-    _keep_names(model)
-    attach_optimize(model)
+    quantizer.adopt(model)
 
 
 def detach_quantizer(model: PreTrainedModel) -> None:

@@ -158,6 +158,19 @@ def test_pickles_and_is_freed(path, token_ids):
         gc.enable()
 
 
+@pytest.mark.parametrize("compressed_here", [True, False])
+def test_a_pickle_brings_optimize_along(saved, planned, monkeypatch, compressed_here):
+    """Another process has opened no model of this class."""
+    if compressed_here:
+        model = rocket.compress(planned.model, planned.planner.at(removed_ratio=0.2))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    content = pickle.dumps(model)
+    monkeypatch.delattr(type(model), "optimize")
+    again = pickle.loads(content)
+    assert again.optimize() is again
+
+
 def test_merges_to_plain_layers(path, token_ids):
     model = AutoModelForCausalLM.from_pretrained(path)
     expected = logits(model, token_ids[:1])

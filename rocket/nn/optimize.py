@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from rocket.kernels import library, macko, operands, ops
 from rocket.nn.fuse import share_inputs
@@ -111,6 +112,8 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
     if not module.uses_kernels:
         reason = "its tensors are offloaded" if _offloaded(module) else f"not optimized: {_made_dense(module)}"
         return LayerExplanation(name, form, "torch", reason)
+    if parametrize.is_parametrized(module):
+        return LayerExplanation(name, form, "torch", "it is parametrized")
     if kernel is None:
         return LayerExplanation(name, form, "torch", _why_no_kernel(parameter))
     if not module.is_sparse and module.spec.precision == "int8":

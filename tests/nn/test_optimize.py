@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 import rocket
@@ -201,6 +202,15 @@ def test_explains_each_layer(saved):
     assert {entry.form for entry in entries.values()} == set(FORMS)
     assert {entry.path for entry in entries.values()} == {kernel}
     assert kernel in str(entries["lm_head"])
+
+
+@needs_kernels
+def test_parametrized_layers_are_explained(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama")).optimize()
+    name, layer = next((name, module) for name, module in model.named_modules() if hasattr(module, "mask"))
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    entry = next(entry for entry in rocket.explain(model) if entry.layer == name)
+    assert (entry.path, entry.reason) == ("torch", "it is parametrized")
 
 
 @needs_kernels

@@ -69,6 +69,7 @@ def fit(
         fp16=loading.dtype == "float16",
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and processes > 1 else None,
+        ddp_find_unused_parameters=True,  # experts may get no token, under gradient checkpointing as well
         adam_beta2=0.95,
         logging_steps=10,
         save_steps=healing.save_steps,
@@ -87,12 +88,22 @@ def fit(
     if original is not None:
         original.to(arguments.device)
     pace = Pace(None if healing.minutes is None else 60 * healing.minutes, arguments.max_steps)
+    use_cache = vars(model.config).get("use_cache")
     trainer = HealingTrainer(model, processor, original, healing, arguments, examples, pace)
-    loss = trainer.train(resume_from_checkpoint=last_checkpoint(scratch)).training_loss
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes autocast off its forward again
+    _set_use_cache(model.config, use_cache)
     steps = trainer.state.global_step
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Healing(steps, tokens_a_step and steps * tokens_a_step, pace.seconds, parameters, loss)
+    tokens = tokens_a_step and steps * tokens_a_step
+    return Healing(steps, tokens, pace.seconds, parameters, pace.loss_sum / steps)
+
+
+def _set_use_cache(config: Any, value: bool | None) -> None:
+    """As it was before the Trainer turned it off for good, also in configs that know of none: it is saved with them."""
+    vars(config).pop("use_cache", None)
+    if value is not None:
+        config.use_cache = value
 
 
 def last_checkpoint(scratch: Path) -> str | None:
@@ -113,12 +124,16 @@ def share_of_rate(done: float, warmup: float) -> float:
 
 
 class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """How far healing has come, by steps and by time, whichever is nearer to its end; stops it there."""
+    """How far healing has come, by steps and by time, whichever is nearer to its end; stops it there.
+
+    ``loss_sum`` is the sum of the losses of all steps, those of earlier attempts included.
+    """
 
     def __init__(self, limit: float | None, max_steps: int) -> None:
         self.limit = limit
         self.max_steps = max_steps
         self.share_of_time = 0.0
+        self.loss_sum = 0.0
         self._before = 0.0
         self._started: float | None = None
 
@@ -132,10 +147,11 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         return max(step / self.max_steps, self.share_of_time)
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        return {"args": {}, "attributes": {"seconds": self.seconds, "loss_sum": self.loss_sum}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._before = state.stateful_callbacks["Pace"]["attributes"]["seconds"]
+        saved = state.stateful_callbacks["Pace"]["attributes"]
+        self._before, self.loss_sum = saved["seconds"], saved["loss_sum"]
         self._started = time.perf_counter()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -199,4 +215,5 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise RocketError("healing diverged: the loss is no number any more; lower healing.learning_rate")
+        self.pace.loss_sum += float(self.accelerator.reduce(loss, "mean"))
         return loss

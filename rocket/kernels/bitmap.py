@@ -121,7 +121,8 @@ def _row_counts(mask: Tensor) -> Tensor:
     Nothing larger than the mask is made on the way: a table, or sums of bytes, would take eight times its size.
     """
     out, width = mask.shape
-    aligned = mask.clone() if mask.storage_offset() % 8 else mask  # files hold masks at any byte
+    # Files hold masks at any byte; a compiler cannot ask where.
+    aligned = mask.clone() if torch.compiler.is_compiling() or mask.storage_offset() % 8 else mask
     words = aligned.reshape(-1).view(torch.int64).view(out, width // 8)
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)

@@ -27,13 +27,16 @@ PART_TENSORS = 5
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """Where its values lie; 0, a null pointer, for None."""
+    """Where its values lie; 0, a null pointer, for None. Raises ValueError for what is not plain memory of the CPU."""
     if tensor is None:
         return 0
     if not tensor.is_cpu:
         raise ValueError(f"x is on the CPU, a matrix on {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"weights must be contiguous; one is {list(tensor.shape)} with strides {tensor.stride()}")
+    if type(tensor) not in operands.PLAIN or not tensor.is_contiguous():
+        raise ValueError(
+            f"weights must be plain, contiguous tensors; one of shape {list(tensor.shape)} is "
+            f"{operands.why_not_plain(tensor)}: use torch's products for it"
+        )
     return tensor.data_ptr()
 
 
@@ -131,16 +134,21 @@ class SparseProducts:
 def prepare(tensors: Sequence[Any], cols: int) -> SparseProducts | None:
     """The products with matrices whose tensors these are, part after part.
 
-    None where they cannot be one call of the kernels: there are none, tensors are missing or elsewhere, types differ.
+    None where they cannot be one call of the kernels: there are none, tensors are missing, elsewhere or not plain, or
+    their types differ.
     """
     parts: list[Any] = [tensors[first : first + PART_TENSORS] for first in range(0, len(tensors), PART_TENSORS)]
     if any(tensor is None for values, _, mask, offsets, _ in parts for tensor in (values, mask, offsets)):
         return None
     types = {(values.dtype, operands.value_type(values, scale)) for values, scale, *_ in parts}
     kernels = kernels_for(next(iter(types))[1])
-    if kernels is None or len(types) > 1 or any(tensor is not None and not tensor.is_cpu for tensor in tensors):
+    if kernels is None or len(types) > 1 or any(map(_out_of_reach, tensors)):
         return None
     return SparseProducts(kernels, parts, cols)
+
+
+def _out_of_reach(tensor: Tensor | None) -> bool:
+    return tensor is not None and not (tensor.is_cpu and operands.is_plain(tensor))
 
 
 def _seen(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:

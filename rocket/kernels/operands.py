@@ -6,12 +6,27 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rocket.kernels import bitmap
 
 Tensors: TypeAlias = Sequence[Tensor]
 Optionals: TypeAlias = Sequence[Tensor | None]
+
+PLAIN = frozenset((Tensor, nn.Parameter))
+"""Classes of tensors that have memory: others (quantized, distributed) may have none."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is numbers in memory, one after the other: what a pointer can stand for."""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.is_contiguous()
+
+
+def why_not_plain(tensor: Tensor) -> str:
+    """What a tensor is that is not plain, to follow "it is"."""
+    if type(tensor) not in PLAIN:
+        return f"of class {type(tensor).__name__}"
+    return "not contiguous" if tensor.layout is torch.strided else f"of layout {tensor.layout}"
 
 
 def check_sparse(mask: Tensor, offsets: Tensor, cols: int) -> None:

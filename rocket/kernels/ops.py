@@ -148,8 +148,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: T
 def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tensor | None = None) -> Tensor:
     """The dense [out, cols] at memory speed, differentiable in the values where they are not int8.
 
-    Arguments as for `sparse_linear`.
+    Arguments as for `sparse_linear`; values that are not plain, too. Function transforms see through it.
     """
+    odd = not operands.is_plain(values) and not torch.compiler.is_exporting()
+    if odd or (not torch.compiler.is_compiling() and is_transformed()):
+        return by_torch.expand(values, mask, offsets, cols, scale)
     result: Tensor = _expand(values, mask, offsets, cols, scale)
     return result
 

@@ -63,8 +63,9 @@ class SharedInput:
 
     def _multiply(self, inputs: Tensor) -> Sequence[Tensor] | None:
         """All outputs; None if there are too many rows of input, or a layer that cannot take part in the product."""
-        if operands.rows_of(inputs) > cpu.MAX_KERNEL_BATCH:
-            return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling and operands.rows_of(inputs) > cpu.MAX_KERNEL_BATCH:
+            return None  # a compiled graph is one for any number of rows, and the op looks at them itself
         tensors: list[Any] = [store.get(name) for store, name in self._slots]
         if ops.direct(inputs):
             if self._products is None or not self._products.are_of(tensors):
@@ -72,8 +73,10 @@ class SharedInput:
             return None if self._products is None else self._products(inputs)
         if len(self._layers) == 1:
             return None
+        if not compiling and torch._C._is_tracing():  # TorchScript knows no list of optional tensors
+            return None
         values, scales, masks, offsets, biases = (tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS))
-        if any(tensor is None for tensor in (*values, *offsets)):
+        if not all(tensor is not None and operands.is_plain(tensor) for tensor in (*values, *offsets)):
             return None
         for value, scale in zip(values, scales, strict=True):
             if operands.value_type(value, scale) != inputs.dtype or value.device != inputs.device:

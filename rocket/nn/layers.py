@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap, int8, macko, ops
+from rocket.kernels import bitmap, int8, macko, operands, ops
 
 if TYPE_CHECKING:
     from rocket.nn.fuse import SharedInput
@@ -119,7 +119,7 @@ class CompressedLinear(nn.Module):
     def _cast(self, inputs: Tensor) -> Tensor:
         """Inputs in the layer's type where its values are int8: models that cast to a weight's type then leave them as
         they are (T5)."""
-        scale = self._parameters["weight_scale"]
+        scale = self.weight_scale if self.spec.precision == "int8" else None
         return inputs if scale is None or scale.dtype == inputs.dtype else inputs.to(scale.dtype)
 
     def use_macko(self) -> None:
@@ -338,12 +338,24 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
 
 
 def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
-    """Whether kernels can stand in for torch in a layer: not for gradients, under autocast or in a transform."""
+    """Whether kernels can stand in for torch in a layer.
+
+    Not for gradients, under autocast or in a transform. Nor where what is multiplied is no parameter of the layer
+    (parametrized, in a replica of DataParallel), so that its gradient and kind would have to be asked elsewhere, or is
+    not plain (an exporter's stand-ins are not, but what they stand for is).
+    """
+    if "weight" not in layer._parameters or "parametrizations" in layer._modules:
+        return False
+    for parameter in layer._parameters.values():
+        if parameter is not None and not operands.is_plain(parameter) and not torch.compiler.is_exporting():
+            return False
     if torch.is_grad_enabled():
         parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
         if any(tensor.requires_grad for tensor in (inputs, *parameters)):
             return False
-    return not has_autocast(inputs.device.type) and (torch.compiler.is_compiling() or not ops.is_transformed())
+    if torch._C._is_any_autocast_enabled() and has_autocast(inputs.device.type):  # the first is much faster
+        return False
+    return torch.compiler.is_compiling() or not ops.is_transformed()
 
 
 def has_autocast(device: str) -> bool:

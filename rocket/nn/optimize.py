@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from rocket.kernels import library, macko, ops
+from rocket.kernels import library, macko, operands, ops
 from rocket.nn.fuse import share_inputs
 from rocket.nn.layers import CompressedLinear, SparseLinear, kernels_apply
 
@@ -77,13 +78,12 @@ def optimize(model: Model, backend: Backend = "auto") -> Model:
     return model
 
 
-def attach_optimize(model: nn.Module) -> None:
-    """Give a model's class the method ``optimize``, unless it has one of its own.
+def attach_optimize(model_class: Any) -> None:
+    """Give a class of models the method ``optimize``, unless it has one of its own.
 
     The class, because a method that a model holds is a cycle of references and does not survive pickling.
     """
-    if not hasattr(type(model), "optimize"):
-        model_class: Any = type(model)
+    if not hasattr(model_class, "optimize"):
         model_class.optimize = optimize
 
 
@@ -106,11 +106,14 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
     if not isinstance(module, CompressedLinear):
         if type(module) is not DenseLinear:
             return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")
-        return LayerExplanation(name, "dense", dense_kernel or "torch", few if dense_kernel else _ON_DEVICE)
+        reason = few if dense_kernel else _ON_DEVICE if kernel else _why_no_kernel(parameter)
+        return LayerExplanation(name, "dense", dense_kernel or "torch", reason)
     form = module.form if module.spec.precision == "float" else f"{module.form} {module.spec.precision}"
     if not module.uses_kernels:
         reason = "its tensors are offloaded" if _offloaded(module) else f"not optimized: {_made_dense(module)}"
         return LayerExplanation(name, form, "torch", reason)
+    if parametrize.is_parametrized(module):
+        return LayerExplanation(name, form, "torch", "it is parametrized")
     if kernel is None:
         return LayerExplanation(name, form, "torch", _why_no_kernel(parameter))
     if not module.is_sparse and module.spec.precision == "int8":
@@ -144,8 +147,6 @@ def _left_dense(module: nn.Module) -> str | None:
         return _ON_DEVICE
     if _kernel(module.weight) is None:
         return _why_no_kernel(module.weight)
-    if not module.weight.is_contiguous():
-        return "its weight is not contiguous"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if "forward" in vars(module) or any(hooks):
         return "hooks are attached to it"
@@ -154,7 +155,7 @@ def _left_dense(module: nn.Module) -> str | None:
 
 def _kernel(parameter: Tensor) -> str | None:
     """The kernel that multiplies by values like these; None where torch does."""
-    if parameter.dtype not in library.TYPES:
+    if parameter.dtype not in library.TYPES or not operands.is_plain(parameter):
         return None
     if parameter.device.type == "cuda":
         return "triton" if ops.has_triton() else None
@@ -165,6 +166,8 @@ def _kernel(parameter: Tensor) -> str | None:
 def _why_no_kernel(parameter: Tensor) -> str:
     if parameter.dtype not in library.TYPES:
         return f"no kernel for {parameter.dtype}"
+    if not operands.is_plain(parameter):
+        return f"its weight is {operands.why_not_plain(parameter)}"
     if parameter.device.type == "cpu":
         return "the compiled kernels are not installed, or switched off"
     if parameter.device.type == "cuda":

@@ -73,8 +73,12 @@ class RocketConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("rocket")
 class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the layers named in the config for empty compressed ones; transformers then loads their tensors."""
+    """Swaps the layers named in the config for empty compressed ones; transformers then loads their tensors.
 
+    A model holds its quantizer, which keeps the model's class to give it ``optimize`` wherever the model is unpickled.
+    """
+
+    model_class: type[nn.Module] | None = None
     requires_calibration = True
     requires_parameters_quantization = False
 
@@ -115,9 +119,19 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, CompressedLinear):
                 _check_values(name, module)
                 module.take_gradients()  # transformers gives all that it loads one
-        _keep_names(model)
-        attach_optimize(model)
+        self.adopt(model)
         return model
+
+    def adopt(self, model: nn.Module) -> None:
+        """Give a model what compressed ones have beside their layers."""
+        _keep_names(model)
+        self.model_class = type(model)
+        attach_optimize(self.model_class)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.model_class is not None:
+            attach_optimize(self.model_class)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Called by transformers 4.57 only, which does not tell the checkpoint's files beforehand."""
@@ -189,13 +203,13 @@ def attach_quantizer(model: PreTrainedModel, specs: Mapping[str, LayerSpec]) -> 
     modules = {name: spec.to_dict() for name, spec in specs.items()}
     config = RocketConfig(modules, FORMAT_VERSION, expert_layouts(model))
     model.config.quantization_config = config
-    model.hf_quantizer = RocketQuantizer(config, pre_quantized=True)
+    quantizer = RocketQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
     model.quantization_method = "rocket"
     model.is_quantized = True
     for part in _configs(model):
         part._is_quantized = True  # asked by the attention of transformers 5, which else looks for an nn.Linear
-    _keep_names(model)
-    attach_optimize(model)
+    quantizer.adopt(model)
 
 
 def detach_quantizer(model: PreTrainedModel) -> None:
@@ -267,7 +281,8 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     """Compare what config.json makes of the model, on meta, with what the files hold.
 
     transformers fills tensors that a checkpoint lacks with random numbers and a warning. Here that is an error; but for
-    another class than was saved, whose head may be new, only in compressed layers and repeated blocks.
+    another class than was saved, whose head may be new, only in compressed layers and repeated blocks. Outside of these
+    a tensor of another shape is left to transformers, which refuses it unless it is asked to make it anew.
     """
     from rocket.models import Endings, check_size, find_blocks  # here, as it imports the model classes
 
@@ -276,17 +291,18 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     ours = {id(tensor): f"{name}.{key}" for name, layer in layers.items() for key, tensor in _tensors_of(layer)}
     config: Any = model.config
     saved_as_this = type(model).__name__ in (config.architectures or ())
-    required = ("",) if saved_as_this else tuple(f"{name}." for name in find_blocks(model))
+    blocks = tuple(f"{name}." for name in find_blocks(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     persistent = model.state_dict().keys()
     missing = 0
     for name, tensor in _tensors_of(model):
         own_name = ours.get(id(tensor), name)
-        is_required = name in persistent and (id(tensor) in ours or name.startswith(required))
+        must_fit = name in persistent and (id(tensor) in ours or name.startswith(blocks))
+        is_required = must_fit or (name in persistent and saved_as_this)
         stored_name = present.find(own_name) if name in persistent else None
-        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, is_required):
+        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, must_fit):
             continue
-        if is_required and name not in tied and name not in rebuilt:
+        if stored_name is None and is_required and name not in tied and name not in rebuilt:
             raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
         missing += 0 if name in tied else tensor.numel()
     check_size(missing)

@@ -1,10 +1,13 @@
 """Healing of a tiny model from checkpoint to checkpoint."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import rocket
 from rocket.config.errors import RocketError
 from rocket.config.schema import HealingConfig, ModelConfig
 from rocket.data import Sample
@@ -60,6 +63,13 @@ def test_distillation_comes_closer_to_the_original(pair, healed, train):
         assert took.parameters == sum(after[name].numel() for name in expected)
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_nothing_but_values_changes(pair, healed, gradient_checkpointing):
+    output, _ = healed(tokens=4 * 32, gradient_checkpointing=gradient_checkpointing)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((output / name).read_text()) == json.loads((pair.compressed / name).read_text())
+
+
 def test_language_modelling_lowers_the_loss(pair, healed):
     output, _ = healed(objective="language_modelling")
     with torch.no_grad():
@@ -86,6 +96,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(healed, monkeypatch, train, t
     (tmp_path / "resumed-work" / "checkpoint-6").mkdir()  # as if killed while writing it
     resumed, again = healed("resumed", train=train)
     assert again.steps == took.steps
+    assert again.loss == pytest.approx(took.loss)
     before, after = tensors_of(undisturbed), tensors_of(resumed)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -104,8 +115,26 @@ def test_two_processes_share_a_batch(healed):
     whole, took = healed("whole")
     shared, again = healed("shared", batch_size=2, processes=2)
     assert (again.steps, again.tokens) == (took.steps, took.tokens)
+    assert again.loss == pytest.approx(took.loss, rel=1e-3)
     for name, tensor in tensors_of(whole).items():
         torch.testing.assert_close(tensors_of(shared)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_heal_experts_that_get_no_token(make_model, token_ids, quick_settings, byte_tokenizer, tmp_path):
+    calib, profiling = quick_settings
+    model = make_model("qwen3_moe", num_experts=16)
+    compressed = rocket.compress(
+        model, rocket.plan(model, token_ids, calib=calib, profiling=profiling).at(removed_ratio=0.3)
+    )
+    for name, saved in (("original", model), ("compressed", compressed)):
+        saved.save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "healed").mkdir()
+    settings = HealingConfig(seq_len=8, batch_size=1, tokens=3 * 2 * 8, gradient_checkpointing=True)
+    config = ModelConfig(path=str(tmp_path / "original"), dtype="float32", device="cpu")
+    places = tmp_path / "work", tmp_path / "healed"
+    assert heal(tmp_path / "compressed", config, settings, token_ids[:, :8], *places, processes=2).steps == 3
 
 
 @pytest.mark.slow
@@ -131,7 +160,8 @@ def test_no_step_is_wasted(healed, monkeypatch):
 
 def test_time_of_earlier_attempts_counts():
     pace = Pace(limit=100.0, max_steps=10)
-    state = type("State", (), {"stateful_callbacks": {"Pace": {"args": {}, "attributes": {"seconds": 60.0}}}})
+    before = {"args": {}, "attributes": {"seconds": 60.0, "loss_sum": 2.0}}
+    state = type("State", (), {"stateful_callbacks": {"Pace": before}})
     pace.on_train_begin(None, state, None)
     pace.on_optimizer_step(None, state, None)
     assert 0.6 < pace.share(1) < 0.7

@@ -376,8 +376,14 @@ def test_mistakes_are_told() -> None:
         ops.expand(sparse.values, sparse.mask, sparse.offsets, 129)
     with pytest.raises(RuntimeError, match="offsets and values disagree"):
         ops.sparse_linear(torch.randn(1, 70), sparse.values[:-1], sparse.mask, sparse.offsets, 70)
-    with pytest.raises(ValueError, match="contiguous"):
-        ops.dense_linear(torch.randn(1, 6), torch.randn(6, 70).T)
+    fake = FakeTensorMode().from_tensor(torch.randn(70, 6))
+    for weight, what in (
+        (torch.randn(6, 70).T, "not contiguous"),
+        (torch.randn(70, 6).to_sparse(), "of layout torch.sparse_coo"),
+        (fake, "of class FakeTensor"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"one of shape \[70, 6\] is {what}"):
+            ops.dense_linear(torch.randn(1, 6), weight)
 
 
 def test_an_instruction_set_that_cannot_run_is_refused() -> None:

@@ -4,8 +4,44 @@ from dataclasses import replace
 from itertools import cycle
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import rocket
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own that knows torch's ops, as those of torchao and of tensor parallelism."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        wrapped = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapped.inner = inner
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace == "rocket":
+            raise NotImplementedError(f"{function}: not known")
+        result = function(*tree_map_only(cls, lambda wrapped: wrapped.inner, args), **(kwargs or {}))
+        return cls(result) if function is torch.ops.aten.detach.default else result
+
+
+def wrapped(values: Tensor) -> Tensor:
+    return Wrapped(values)
+
+
+def scattered(values: Tensor) -> Tensor:
+    return torch.stack([values, values], dim=-1)[..., 0]
+
+
+@pytest.fixture(params=[wrapped, scattered])
+def make_odd(request):
+    """Makes a parameter that holds the same values otherwise than one after the other in memory."""
+    return lambda values: nn.Parameter(request.param(values.detach()), requires_grad=False)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import weakref
 import accelerate
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 import rocket
@@ -108,6 +109,44 @@ def test_compiles_to_one_graph(model, token_ids):
     assert all(group._pending is None for group in groups(model).values())
 
 
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def test_exports_with_dynamic_shapes(model, token_ids):
+    """One graph for few rows of input, which the kernels multiply directly, and for many."""
+    whole = Logits(model.optimize()).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=100)},)
+    exported = torch.export.export(whole, (token_ids[:2, :6].clone(),), dynamic_shapes=shapes).module()
+    for ids in (token_ids[:2, :3], token_ids[:3, :20]):
+        torch.testing.assert_close(exported(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiles_to_one_graph_for_few_rows_and_many(model, token_ids):
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(Logits(model.optimize()).eval(), backend=graphs, dynamic=True)
+    for length in (3, 9, 30):
+        ids = token_ids[:2, :length]
+        torch.testing.assert_close(compiled(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_is_traced(model, token_ids):
+    traced = torch.jit.trace(Logits(model.optimize()).eval(), token_ids[:1, :4])
+    ids = token_ids[1:2, :4]
+    torch.testing.assert_close(traced(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_is_explained(model):
     entries = {entry.layer: entry for entry in rocket.explain(model.optimize())}
     entry = next(entry for name, entry in entries.items() if name.endswith("gate_proj"))
@@ -173,6 +212,17 @@ def test_changed_tensors_count(group, change):
     x = torch.randn(1, first.in_features)
     for layer in (first, second):
         torch.testing.assert_close(out_of(layer, x), plain(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_that_is_no_plain_memory_any_more(group, make_odd):
+    first, second = group.layers[:2]
+    x = torch.randn(1, first.in_features)
+    expected = [out_of(layer, x) for layer in (first, second)]
+    second.weight = make_odd(second.weight)
+    for layers in ((first, second), (second, first)):
+        y = x.clone()
+        found = {layer: out_of(layer, y) for layer in layers}
+        torch.testing.assert_close([found[first], found[second]], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_input_changed_in_place_is_another_input(group):

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from rocket.kernels import bitmap
 from rocket.nn import LAYERS, FactorizedLinear, Int8Linear, LayerSpec, LowRankLinear, SparseLinear
 from rocket.nn.layers import CompressedLinear, empty_layer
+from rocket.nn.optimize import DenseLinear
 
 IN, OUT, RANK, KEPT = 70, 24, 20, 300  # 70 columns: rows of the mask are padded to two words
 FLOATING = [("low_rank", "float"), ("sparse", "float"), ("dictionary", "float")]
@@ -68,6 +71,25 @@ def test_function_transforms_see_through_the_kernels(form, precision):
         torch.testing.assert_close(dual.tangent, tangent, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("form", [form for form, _ in FLOATING])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gradients_of_functions_of_the_parameters(form, kernels):
+    layer = make_layer(form)
+    layer.use_kernels(kernels)
+    inputs = torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(2))
+
+    def loss(parameters: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, inputs).square().sum()
+
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    found = torch.func.grad(loss)(parameters, inputs)
+    apart = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, inputs)
+    layer(inputs).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+        torch.testing.assert_close(apart[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(("form", "precision"), KINDS)
 @pytest.mark.parametrize("kernels", [True, False])
 def test_shapes_on_meta(form, precision, kernels):
@@ -85,6 +107,20 @@ def test_int8_takes_inputs_of_another_type(form, kernels):
     layer.use_kernels(kernels)
     inputs = torch.ones(2, IN)
     assert torch.equal(layer(inputs.half()), layer(inputs))
+
+
+@pytest.mark.parametrize("form", [form for form, _ in FLOATING])
+@torch.no_grad()
+def test_values_that_are_no_plain_memory_go_by_torch(form, make_odd):
+    layer = make_layer(form)
+    layer.use_kernels()
+    inputs = torch.randn(2, IN, generator=torch.Generator().manual_seed(2))
+    expected = layer(inputs)
+    for name in {"weight", "dictionary"} & dict(layer.named_parameters()).keys():
+        plain = getattr(layer, name)
+        setattr(layer, name, make_odd(plain))
+        torch.testing.assert_close(layer(inputs), expected, rtol=1e-4, atol=1e-4)
+        setattr(layer, name, plain)
 
 
 def test_dense_weight_by_hand():
@@ -138,6 +174,56 @@ def test_gradients_flow_to_stored_values_only(form):
     else:
         expected = expected @ layer.dictionary.T
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-3, atol=1e-3)
+
+
+class Shifted(nn.Module):
+    """A parametrization that is trained itself."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros_like(values))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.shift
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("sparse", "weight"), ("sparse", "bias"), ("dictionary", "dictionary"), ("low_rank", "weight"), (None, "weight")],
+)
+def test_parametrizations_of_optimized_layers_get_their_gradient(form, name):
+    layer = DenseLinear(IN, OUT) if form is None else make_layer(form)
+    if isinstance(layer, CompressedLinear):
+        layer.use_kernels()
+    layer.requires_grad_(False)
+    shifted = Shifted(getattr(layer, name))
+    parametrize.register_parametrization(layer, name, shifted)
+    layer(torch.ones(2, IN)).sum().backward()
+    assert shifted.shift.grad is not None
+    assert shifted.shift.grad.any()
+
+
+def replica_of(layer: nn.Module) -> nn.Module:
+    """What DataParallel makes of a layer on another device: its parameters are tensors like any attribute."""
+    replica = layer._replicate_for_data_parallel()
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        if tensor is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, tensor.view_as(tensor))
+    return replica
+
+
+@pytest.mark.parametrize(("form", "precision"), KINDS)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_replicas_of_data_parallel(form, precision, kernels):
+    layer = make_layer(form, precision=precision)
+    layer.use_kernels(kernels)
+    inputs = torch.randn(2, IN, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(replica_of(layer)(inputs), layer(inputs), rtol=1e-4, atol=1e-4)
+    replica_of(layer)(inputs).sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("form", ["sparse", "dictionary"])

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 import rocket
@@ -158,6 +159,19 @@ def test_pickles_and_is_freed(path, token_ids):
         gc.enable()
 
 
+@pytest.mark.parametrize("compressed_here", [True, False])
+def test_a_pickle_brings_optimize_along(saved, planned, monkeypatch, compressed_here):
+    """Another process has opened no model of this class."""
+    if compressed_here:
+        model = rocket.compress(planned.model, planned.planner.at(removed_ratio=0.2))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(saved("llama"))
+    content = pickle.dumps(model)
+    monkeypatch.delattr(type(model), "optimize")
+    again = pickle.loads(content)
+    assert again.optimize() is again
+
+
 def test_merges_to_plain_layers(path, token_ids):
     model = AutoModelForCausalLM.from_pretrained(path)
     expected = logits(model, token_ids[:1])
@@ -191,6 +205,15 @@ def test_explains_each_layer(saved):
 
 
 @needs_kernels
+def test_parametrized_layers_are_explained(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved("llama")).optimize()
+    name, layer = next((name, module) for name, module in model.named_modules() if hasattr(module, "mask"))
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    entry = next(entry for entry in rocket.explain(model) if entry.layer == name)
+    assert (entry.path, entry.reason) == ("torch", "it is parametrized")
+
+
+@needs_kernels
 def test_layers_with_hooks_are_left_alone(make_model):
     model = make_model("llama")
     model.lm_head.register_forward_hook(lambda *_: None)
@@ -198,6 +221,36 @@ def test_layers_with_hooks_are_left_alone(make_model):
     assert type(model.lm_head) is nn.Linear
     entry = next(entry for entry in rocket.explain(model) if entry.layer == "lm_head")
     assert entry.reason == "hooks are attached to it"
+
+
+@needs_kernels
+@pytest.mark.parametrize("optimized_first", [True, False])
+def test_weights_that_are_no_plain_memory_go_by_torch(make_model, token_ids, make_odd, optimized_first):
+    model = make_model("llama")
+    expected = logits(model, token_ids[:1, :4])
+    if optimized_first:
+        logits(rocket.optimize(model), token_ids[:1, :4])
+    model.lm_head.weight = make_odd(model.lm_head.weight)
+    rocket.optimize(model)
+    assert (type(model.lm_head) is DenseLinear) == optimized_first
+    torch.testing.assert_close(logits(model, token_ids[:1, :4]), expected, rtol=1e-4, atol=1e-4)
+    entry = next(entry for entry in rocket.explain(model) if entry.layer == "lm_head")
+    assert entry.path == "torch"
+    assert entry.reason in ("its weight is of class Wrapped", "its weight is not contiguous")
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("optimized_first", [True, False])
+@torch.no_grad()
+def test_a_sparse_weight_of_torch_goes_by_torch(optimized_first):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(1, 4)
+    expected = model(x)
+    if optimized_first:
+        rocket.optimize(model)
+    model[0].weight = nn.Parameter(model[0].weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(rocket.optimize(model)(x), expected)
+    assert [entry.reason for entry in rocket.explain(model)] == ["its weight is of layout torch.sparse_csr"]
 
 
 @needs_kernels

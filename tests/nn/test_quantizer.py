@@ -358,7 +358,7 @@ def edit_model_config(path: Path, **fields: object) -> None:
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than any model has"),
         ({"num_hidden_layers": 3}, r"the checkpoint lacks the tensor model\.layers\.2\..*; a file is missing"),
-        ({"vocab_size": 10**12}, r"weight is \[257, 32\] in the checkpoint, config\.json says \[1000000000000, 32\]"),
+        ({"vocab_size": 10**12}, r"a model with 64,000,000,000,008 values that the checkpoint's files do not hold"),
         ({"intermediate_size": 10**12}, "is 32x72, in this model it is|is 72x32, in this model it is"),
         ({"hidden_size": 2**20}, "config.json: model.layers.* in this model it is"),
     ],
@@ -379,6 +379,20 @@ def test_model_larger_than_its_checkpoint(damaged):
     AutoModelForSequenceClassification.from_pretrained(damaged)
     with pytest.raises(RocketError, match=r"config\.json makes a model with 134,217,729 values that the checkpoint's"):
         check_size(2**27 + 1)
+
+
+def test_a_head_of_another_shape(saved, tmp_path):
+    """Is transformers' to refuse, or to make anew, as in any checkpoint; not so within what is compressed."""
+    AutoModelForSequenceClassification.from_pretrained(saved, num_labels=2).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path, **options).score.out_features == 5
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.input_layernorm.weight": torch.ones(3)}))
+    with pytest.raises(
+        RocketError, match=r"input_layernorm.weight is \[3\] in the checkpoint, config.json says \[32\]"
+    ):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
 
 
 @pytest.mark.parametrize(

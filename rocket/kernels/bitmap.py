@@ -116,15 +116,12 @@ def _bit_index(device: torch.device) -> Tensor:
 
 
 def _row_counts(mask: Tensor) -> Tensor:
-    """Number of kept values of each row, int64 [out]: population counts of its 64-bit words.
+    """Number of kept values of each row, int64 [out]: population counts of bytes, of 64-bit words, of rows.
 
-    Nothing larger than the mask is made on the way: a table, or sums of bytes, would take eight times its size.
+    Nothing much larger than the mask is made on the way: int64 counts of bytes, or a table, would take eight times it.
     """
     out, width = mask.shape
-    # Files hold masks at any byte; a compiler cannot ask where.
-    aligned = mask.clone() if torch.compiler.is_compiling() or mask.storage_offset() % 8 else mask
-    words = aligned.reshape(-1).view(torch.int64).view(out, width // 8)
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56).sum(-1)
+    pairs = mask - ((mask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    bits = (nibbles + (nibbles >> 4)) & 0x0F
+    return bits.reshape(out, width // 8, 8).sum(-1, dtype=torch.uint8).sum(-1, dtype=torch.int64)

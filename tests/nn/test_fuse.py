@@ -141,8 +141,10 @@ def test_compiles_to_one_graph_for_few_rows_and_many(model, token_ids):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
-def test_is_traced(model, token_ids):
-    traced = torch.jit.trace(Logits(model.optimize()).eval(), token_ids[:1, :4])
+@pytest.mark.parametrize("backend", ["auto", "trivial"])
+def test_is_traced(model, token_ids, backend):
+    rocket.optimize(model, backend)
+    traced = torch.jit.trace(Logits(model).eval(), token_ids[:1, :4])
     ids = token_ids[1:2, :4]
     torch.testing.assert_close(traced(ids), logits(model, ids), rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from rocket.models import Batch, LinearLayer, block_of, features_of, find_blocks, without_padding
+from rocket.models import Batch, LinearLayer, block_of, features_of
+from rocket.models.inputs import is_padded, without_padding
 
 TOKENS_A_FEATURE = 4
 
@@ -63,11 +64,19 @@ def warn_of(short: Mapping[str, int]) -> None:
     )
 
 
-def unpadded(model: nn.Module, layers: Mapping[str, LinearLayer], batches: Iterable[Batch]) -> list[Batch]:
-    """The batches, for models with experts texts of several lengths one by one: experts do not tell what is padding."""
-    if not any(len(names) > 1 for names in _lists(layers, list(find_blocks(model)))):
-        return list(batches)
-    return [part for batch in batches for part in without_padding(model, batch)]
+def unpadded(model: nn.Module, layers: Iterable[str], batches: Iterable[Batch]) -> list[Batch]:
+    """The batches; for models with experts, which do not tell what is padding, each text by itself, as long as it is.
+
+    Where inputs do not tell what belongs to which text, padding stays, and a warning says so.
+    """
+    batches = list(batches)
+    if not any("expert" in name for name in layers):
+        return batches
+    parts = [part for batch in batches for part in without_padding(model, batch)]
+    padded = sum(is_padded(part) for part in parts)
+    if padded:
+        logger.warning("experts are calibrated on the padding of %d batches, too; give them one text a batch", padded)
+    return parts
 
 
 def expert_lists(
@@ -78,17 +87,12 @@ def expert_lists(
     ``tokens`` are those that each layer saw, 0 where it has no entry. Layers of a list that saw equally many are no
     experts: nothing was routed. Neither are those of a list that saw none.
     """
-    lists = _lists(layers, blocks)
-    return [names for names in lists if len({tokens.get(name, 0) for name in names}) > 1]
-
-
-def _lists(layers: Mapping[str, LinearLayer], blocks: Sequence[str]) -> list[list[str]]:
     lists: dict[object, list[str]] = {}
     for name, layer in layers.items():
         head, number, tail = split_number(name, blocks)
         if number:
             lists.setdefault((head, tail, features_of(layer)), []).append(name)
-    return list(lists.values())
+    return [names for names in lists.values() if len({tokens.get(name, 0) for name in names}) > 1]
 
 
 def split_number(name: str, blocks: Sequence[str]) -> tuple[str, str, str]:

@@ -1,6 +1,7 @@
 """From the name of a source to its documents."""
 
 import logging
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -66,7 +67,7 @@ def load_documents(
 def check_documents(source: str, split: Split, text_field: str) -> None:
     """Raise the error of `load_documents` for a source without a document in a split, reading no further than one."""
     seen = 0
-    for _, wanted in _open(source, split, text_field).select(split):
+    for _, wanted in islice(_open(source, split, text_field).select(split), STREAM_LIMIT):
         seen += 1
         if wanted:
             return

@@ -68,9 +68,9 @@ def perplexity(
     # verbose: the whole text is longer than the model's context by intention
     ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
     stride = seq_len - len(start)
-    usable = len(ids) if max_tokens is None else min(len(ids), max_tokens)
-    count = usable // stride
+    count = len(ids) // stride if max_tokens is None else min(len(ids) // stride, max_tokens // seq_len)
     if not count:
+        usable = len(ids) if max_tokens is None else min(len(ids), max_tokens)
         raise RocketError(
             f"the evaluation text has {usable} tokens, fewer than one window of seq_len {seq_len}; "
             "give more text, raise max_tokens or lower seq_len"

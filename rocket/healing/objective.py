@@ -19,11 +19,15 @@ CHUNK_VALUES = 1 << 22
 
 
 def language_modelling(model: nn.Module, output: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the batch's labels, nats a label. Raises RocketError if model or batch have none."""
+    """Mean cross-entropy of the batch's labels, nats a label; 0 if none is predicted (texts of one token).
+
+    Raises RocketError if model or batch have no labels.
+    """
     logits, labels = _logits(model, output), labels_of(model, batch)
     if labels is None or labels.shape != logits.shape[:-1]:
         raise RocketError(f"{type(model).__name__} has no labels to learn from; use healing.objective=distillation")
-    return F.cross_entropy(*label_scores(model, logits, labels))
+    scores, targets = label_scores(model, logits, labels)
+    return F.cross_entropy(scores, targets) if len(targets) else logits.sum() * 0.0
 
 
 def distillation(model: nn.Module, output: Any, original: Any, batch: Batch, temperature: float) -> Tensor:
@@ -32,7 +36,7 @@ def distillation(model: nn.Module, output: Any, original: Any, batch: Batch, tem
     ``output`` and ``original`` are the two models' outputs for the batch. Both scores are divided by ``temperature``
     first; the factor keeps gradients as large as at 1 (Hinton et al. 2015, arXiv 1503.02531). Predictions are those of
     the batch's labels; of all positions but padding where there are no labels (classifiers, masked language models,
-    CTC). Raises RocketError if the model puts out no scores of classes.
+    CTC); it is 0 where none counts. Raises RocketError if the model puts out no scores of classes.
     """
     scores, wanted = (_logits(model, each).flatten(0, -2) for each in (output, original))
     rows = _counted(model, _logits(model, output), batch).flatten().nonzero()[:, 0].to(scores.device)
@@ -49,17 +53,17 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, target: Tensor, rows: Tensor, temperature: float) -> Tensor:
-        gradient = torch.zeros_like(scores)
+        gradient, count = torch.zeros_like(scores), max(len(rows), 1)
         total = scores.new_zeros((), dtype=torch.float64)
         for some in rows.split(max(1, CHUNK_VALUES // scores.shape[-1])):
             predicted = scores[some].float().div_(temperature).log_softmax(-1)
             expected = target[some].float().div_(temperature).log_softmax(-1)
             probability = expected.exp()
             total += (probability * expected.sub_(predicted)).sum()
-            slope = predicted.exp_().sub_(probability).mul_(temperature / len(rows))
+            slope = predicted.exp_().sub_(probability).mul_(temperature / count)
             gradient.index_copy_(0, some, slope.to(gradient.dtype))
         ctx.save_for_backward(gradient)
-        return (total * temperature**2 / len(rows)).float()
+        return (total * temperature**2 / count).float()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None, None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -17,9 +17,16 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 """Classes of tensors that have memory: others (quantized, distributed) may have none."""
 
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is numbers in memory, one after the other: what a pointer can stand for."""
-    return type(tensor) in PLAIN and tensor.layout is torch.strided and tensor.is_contiguous()
+    """Whether a tensor is numbers in memory, one after the other: what a pointer can stand for.
+
+    An exporter's stand-ins are of classes of their own; what they stand for counts as plain.
+    """
+    known = type(tensor) in PLAIN or _is_exporting()
+    return known and tensor.layout is torch.strided and tensor.is_contiguous()
 
 
 def why_not_plain(tensor: Tensor) -> str:

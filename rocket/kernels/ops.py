@@ -150,8 +150,7 @@ def expand(values: Tensor, mask: Tensor, offsets: Tensor, cols: int, scale: Tens
 
     Arguments as for `sparse_linear`; values that are not plain, too. Function transforms see through it.
     """
-    odd = not operands.is_plain(values) and not torch.compiler.is_exporting()
-    if odd or (not torch.compiler.is_compiling() and is_transformed()):
+    if not operands.is_plain(values) or (not torch.compiler.is_compiling() and is_transformed()):
         return by_torch.expand(values, mask, offsets, cols, scale)
     result: Tensor = _expand(values, mask, offsets, cols, scale)
     return result

@@ -24,7 +24,6 @@ from rocket.models.inputs import (
     takes_text_alone,
     token_batches,
     without_cache,
-    without_padding,
 )
 from rocket.models.linear import LinearLayer, features_of, is_linear, make_linear, weight_of
 from rocket.models.load import (
@@ -98,5 +97,4 @@ __all__ = [
     "unstacked_experts",
     "weight_of",
     "without_cache",
-    "without_padding",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rocket.config.errors import RocketError
 from rocket.data import Sample
 from rocket.data.samples import SAMPLING_RATE
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 IGNORED = -100
@@ -179,19 +182,41 @@ def token_batches(model: nn.Module, tokens: Tensor, batch_size: int) -> list[Bat
     return [{"input_ids": ids, written: labels} for ids, labels in zip(read, answer, strict=True)]
 
 
-def without_padding(model: nn.Module, batch: Batch) -> list[Batch]:
-    """The rows of a batch of texts, each as long as its text; the batch itself where none is padded."""
+def is_padded(batch: Batch) -> bool:
+    """Whether some text of a batch is shorter than its longest."""
     mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or bool(mask.all()) or is_encoder_decoder(model):
+    return mask is not None and mask.ndim == 2 and not bool(mask.all())
+
+
+def without_padding(model: nn.Module, batch: Batch) -> list[Batch]:
+    """The texts of a padded batch one by one, each as long as it is; the batch itself where it cannot be parted.
+
+    It can if each tensor is [batch, seq_len, ...], [n, batch, seq_len] or [1, seq_len] (positions), or [batch, ...],
+    and there are not two sides of texts, an encoder's and a decoder's.
+    """
+    if not is_padded(batch) or is_encoder_decoder(model):
         return [batch]
-    if not all(isinstance(value, Tensor) and value.shape[:2] == mask.shape for value in batch.values()):
-        return [batch]
-    kept = [row.nonzero()[:, 0] for row in mask]
-    return [
-        {name: value[number : number + 1, places] for name, value in batch.items()}
-        for number, places in enumerate(kept)
-        if len(places)
-    ]
+    mask = batch["attention_mask"]
+    texts = [_text(batch, mask.shape, number, row.nonzero()[:, 0]) for number, row in enumerate(mask) if row.any()]
+    return [batch] if None in texts else [text for text in texts if text is not None]
+
+
+def _text(batch: Batch, shape: torch.Size, number: int, places: Tensor) -> Batch | None:
+    parts: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            parts[name] = value
+        elif value.shape[:2] == shape:
+            parts[name] = value[number : number + 1, places]
+        elif value.shape[1:] == shape:
+            parts[name] = value[:, number : number + 1, places]
+        elif value.shape == (1, shape[1]):
+            parts[name] = value[:, places]
+        elif value.shape[:1] == shape[:1]:
+            parts[name] = value[number : number + 1]
+        else:
+            return None
+    return parts
 
 
 def first_batches(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
@@ -355,9 +380,11 @@ def _dialogues(model: nn.Module, processor: Any, samples: Sequence[Sample]) -> d
     framed = _placeholders(model, batch["input_ids"]).flip(1).cumsum(1).flip(1) > 0
     prompt = _prompt(processor)
     if prompt and all(text.startswith(prompt) for text in texts):
-        answers = [tokenizer(text.removeprefix(prompt), add_special_tokens=False)["input_ids"] for text in texts]
-        lengths = torch.tensor([len(answer) for answer in answers])
-        framed |= batch["attention_mask"].flip(1).cumsum(1).flip(1) > lengths[:, None]
+        before, *whole = (len(ids) for ids in tokenizer([prompt, *texts])["input_ids"])
+        lengths = torch.tensor(whole)[:, None] - before
+        framed |= batch["attention_mask"].flip(1).cumsum(1).flip(1) > lengths
+    elif prompt:
+        logger.warning("the chat template does not tell where an answer begins: all that follows the image is learned")
     return {**batch, "labels": labels.masked_fill(framed, IGNORED)}
 
 

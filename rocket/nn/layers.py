@@ -340,15 +340,10 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
 def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
     """Whether kernels can stand in for torch in a layer.
 
-    Not for gradients, under autocast or in a transform. Nor where what is multiplied is no parameter of the layer
-    (parametrized, in a replica of DataParallel), so that its gradient and kind would have to be asked elsewhere, or is
-    not plain (an exporter's stand-ins are not, but what they stand for is).
+    Not for gradients, under autocast or in a transform, nor where its tensors are not its own plain ones (`why_odd`).
     """
-    if "weight" not in layer._parameters or "parametrizations" in layer._modules:
+    if why_odd(layer) is not None:
         return False
-    for parameter in layer._parameters.values():
-        if parameter is not None and not operands.is_plain(parameter) and not torch.compiler.is_exporting():
-            return False
     if torch.is_grad_enabled():
         parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
         if any(tensor.requires_grad for tensor in (inputs, *parameters)):
@@ -356,6 +351,20 @@ def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
     if torch._C._is_any_autocast_enabled() and has_autocast(inputs.device.type):  # the first is much faster
         return False
     return torch.compiler.is_compiling() or not ops.is_transformed()
+
+
+def why_odd(layer: nn.Module) -> str | None:
+    """Why kernels cannot multiply by what a layer has, wherever it is; None if they can.
+
+    What is no parameter of the layer (parametrized, pruned, in a replica of DataParallel) may have a gradient that is
+    not seen here.
+    """
+    if "weight" not in layer._parameters or "parametrizations" in layer._modules:
+        return "its weight is made of other tensors"
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and not operands.is_plain(parameter):
+            return f"its {name} is {operands.why_not_plain(parameter)}"
+    return None
 
 
 def has_autocast(device: str) -> bool:

@@ -9,11 +9,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
-from rocket.kernels import library, macko, operands, ops
+from rocket.kernels import library, macko, ops
 from rocket.nn.fuse import share_inputs
-from rocket.nn.layers import CompressedLinear, SparseLinear, kernels_apply
+from rocket.nn.layers import CompressedLinear, SparseLinear, kernels_apply, why_odd
 
 Backend = Literal["auto", "trivial", "macko"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -103,17 +102,20 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
     kernel = _kernel(parameter)
     dense_kernel = kernel if parameter.device.type == "cpu" else None
     few = "memory-speed product for few rows of input"
+    odd = why_odd(module)
     if not isinstance(module, CompressedLinear):
-        if type(module) is not DenseLinear:
+        if not isinstance(module, DenseLinear):
             return LayerExplanation(name, "dense", "torch", _left_dense(module) or "not optimized")
+        if odd:
+            return LayerExplanation(name, "dense", "torch", odd)
         reason = few if dense_kernel else _ON_DEVICE if kernel else _why_no_kernel(parameter)
         return LayerExplanation(name, "dense", dense_kernel or "torch", reason)
     form = module.form if module.spec.precision == "float" else f"{module.form} {module.spec.precision}"
     if not module.uses_kernels:
         reason = "its tensors are offloaded" if _offloaded(module) else f"not optimized: {_made_dense(module)}"
         return LayerExplanation(name, form, "torch", reason)
-    if parametrize.is_parametrized(module):
-        return LayerExplanation(name, form, "torch", "it is parametrized")
+    if odd:
+        return LayerExplanation(name, form, "torch", odd)
     if kernel is None:
         return LayerExplanation(name, form, "torch", _why_no_kernel(parameter))
     if not module.is_sparse and module.spec.precision == "int8":
@@ -145,6 +147,8 @@ def _left_dense(module: nn.Module) -> str | None:
         return "not a plain nn.Linear"
     if module.weight.device.type != "cpu":
         return _ON_DEVICE
+    if odd := why_odd(module):
+        return odd
     if _kernel(module.weight) is None:
         return _why_no_kernel(module.weight)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -155,7 +159,7 @@ def _left_dense(module: nn.Module) -> str | None:
 
 def _kernel(parameter: Tensor) -> str | None:
     """The kernel that multiplies by values like these; None where torch does."""
-    if parameter.dtype not in library.TYPES or not operands.is_plain(parameter):
+    if parameter.dtype not in library.TYPES:
         return None
     if parameter.device.type == "cuda":
         return "triton" if ops.has_triton() else None
@@ -166,8 +170,6 @@ def _kernel(parameter: Tensor) -> str | None:
 def _why_no_kernel(parameter: Tensor) -> str:
     if parameter.dtype not in library.TYPES:
         return f"no kernel for {parameter.dtype}"
-    if not operands.is_plain(parameter):
-        return f"its weight is {operands.why_not_plain(parameter)}"
     if parameter.device.type == "cpu":
         return "the compiled kernels are not installed, or switched off"
     if parameter.device.type == "cuda":

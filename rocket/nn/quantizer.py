@@ -294,18 +294,19 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     blocks = tuple(f"{name}." for name in find_blocks(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     persistent = model.state_dict().keys()
-    missing = 0
+    made = 0
     for name, tensor in _tensors_of(model):
         own_name = ours.get(id(tensor), name)
-        must_fit = name in persistent and (id(tensor) in ours or name.startswith(blocks))
-        is_required = must_fit or (name in persistent and saved_as_this)
+        inside = id(tensor) in ours or name.startswith(blocks)
         stored_name = present.find(own_name) if name in persistent else None
-        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, must_fit):
+        if stored_name is not None and _fits(stored_name, stored[stored_name], tensor, inside):
             continue
-        if stored_name is None and is_required and name not in tied and name not in rebuilt:
+        if name in tied:
+            continue
+        if stored_name is None and name in persistent and (inside or saved_as_this) and name not in rebuilt:
             raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
-        missing += 0 if name in tied else tensor.numel()
-    check_size(missing)
+        made += tensor.numel()
+    check_size(made)
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

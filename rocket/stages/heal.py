@@ -30,12 +30,12 @@ def heal_model(session: Session) -> Path:
     if run.has_directory(session.healed_checkpoint, expected):
         session.skip("heal")
         return healed
-    examples = healing_examples(session, config.healing)
+    examples, plan = healing_examples(session, config.healing), make_plan(session)
     session.release_model()
     scratch = run.path / "healing" / session.budget.name
     with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
         heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
-        card = model_card(directory, config, make_plan(session), healed=True)
+        card = model_card(directory, config, plan, healed=True)
         (directory / UNCHECKED).write_text(card, encoding="utf-8")
     shutil.rmtree(scratch)
     return healed

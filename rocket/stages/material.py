@@ -12,7 +12,6 @@ from rocket.config import RocketError
 from rocket.config.schema import HealingConfig
 from rocket.data import (
     Sample,
-    Split,
     check_documents,
     check_samples,
     holds_samples,
@@ -56,16 +55,15 @@ def check_sources(session: Session) -> None:
 def _check_splits(session: Session) -> None:
     """Whether each source holds something of the split that it is going to be read for."""
     config = session.config
-    read: list[tuple[str, Split, str]] = [(config.calib.source, "calibration", config.calib.text_field)]
-    if config.healing is not None:
-        read.append((config.healing.source, "calibration", config.healing.text_field))
-    read += [(source, "held_out", config.evaluation.text_field) for source in config.evaluation.texts]
-    media = takes_media(session.model)
-    for source, split, text_field in read:
-        if media and holds_samples(source):
-            check_samples(source, split)
+    for section in (config.calib, config.healing):
+        if section is None:
+            continue
+        if takes_media(session.model) and holds_samples(section.source):
+            check_samples(section.source, "calibration")
         else:
-            check_documents(source, split, text_field)
+            check_documents(section.source, "calibration", section.text_field)
+    for source in config.evaluation.texts:
+        check_documents(source, "held_out", config.evaluation.text_field)
     for source in config.evaluation.samples:
         check_samples(source, "held_out")
 

@@ -1,5 +1,6 @@
 """What is read of a source for evaluation: no more than is measured."""
 
+import importlib
 import itertools
 from functools import partial
 
@@ -31,7 +32,7 @@ def test_so_many_samples_are_read(monkeypatch):
         taken.extend(samples)
         raise InterruptedError
 
-    monkeypatch.setitem(evaluate.__globals__, "sample_batches", stop)
+    monkeypatch.setitem(vars(importlib.import_module("rocket.evaluation.evaluate")), "sample_batches", stop)
     with pytest.raises(InterruptedError):
         evaluate(EvaluationConfig(texts=[], samples=["embedded:test"], max_samples=4), None, None)
     assert len(taken) == 4

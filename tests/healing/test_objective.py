@@ -48,6 +48,20 @@ def test_language_modelling_is_the_models_own_loss(make_model, token_ids):
     torch.testing.assert_close(language_modelling(model, output, {"input_ids": ids}), output.loss)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_of_one_token_have_nothing_to_predict(make_model, side):
+    model, mask = make_model(), torch.tensor([[0, 1] if side == "left" else [1, 0]])
+    batch = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": mask}
+    logits = torch.randn(1, 2, 20, requires_grad=True)
+    for loss in (
+        language_modelling(model, output_of(logits), batch),
+        distillation(model, output_of(logits), output_of(torch.randn(1, 2, 20)), batch, 2.0),
+    ):
+        loss.backward()
+        assert loss.item() == 0.0
+    assert not logits.grad.any()
+
+
 def test_models_without_scores_are_refused(make_model, token_ids):
     features = SimpleNamespace(last_hidden_state=torch.zeros(3, 32, 8))
     with pytest.raises(RocketError, match="LlamaForCausalLM predicts no classes, such as tokens; it cannot be healed"):

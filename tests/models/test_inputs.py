@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -48,7 +49,7 @@ from rocket.models import (
     token_batches,
     without_cache,
 )
-from rocket.models.inputs import tokenizer_of
+from rocket.models.inputs import tokenizer_of, without_padding
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
 VISION = {**WIDTHS, "image_size": 16, "patch_size": 8}
@@ -246,6 +247,7 @@ def test_pairs_of_image_and_text(image_tokenizer):
         sample_batches(model, processor, [*samples, Sample(image=picture(1))], 2)
 
 
+WORDS = ["<unk>", "▁", "Q", "<image>", "A:", "two", "herons", "rain"]
 TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
@@ -306,6 +308,53 @@ def test_a_template_that_begins_a_text_leaves_no_second_beginning(image_tokenize
 
     (batch,) = sample_batches(tiny_llava(), Processor(), [Sample(text="rain", image=picture(0))], 1)
     assert image_tokenizer.decode(batch["input_ids"][0]) == "<eos><image>rain"
+
+
+def test_an_answer_begins_where_its_prompt_ends():
+    """By a tokenizer that writes a space before each text, as Llama's: the answer alone has other tokens than in it."""
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.normalizer = normalizers.Prepend("▁ ")
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<unk>")
+
+    class Processor:
+        chat_template = "Q <image> A: "
+
+        def apply_chat_template(self, messages, add_generation_prompt=False):
+            answers = [part["text"] for message in messages[1:] for part in message["content"]]
+            return self.chat_template + " ".join(answers)
+
+        def __call__(self, images, text, padding, return_tensors):
+            return {"pixel_values": torch.zeros(1), **tokenizer(text, padding=padding, return_tensors=return_tensors)}
+
+    Processor.tokenizer = tokenizer
+    samples = [Sample(text=text, image=picture(0)) for text in ("two herons", "rain")]
+    (batch,) = sample_batches(tiny_llava(), Processor(), samples, 2)
+    learned = [[WORDS[number] for number in row[row != -100]] for row in batch["labels"]]
+    assert learned == [["two", "herons"], ["rain"]]
+
+
+def test_parting_a_padded_batch(make_model):
+    model, mask = make_model("llama"), torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 0]])
+    ids = torch.arange(9).view(3, 3)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": torch.tensor([5, 6, 7]),
+        "position_ids": torch.arange(3)[None],
+        "planes": torch.stack([ids, ids + 9]),
+        "use_cache": False,
+    }
+    first, second = without_padding(model, batch)
+    assert first["input_ids"].tolist() == [[1, 2]]
+    assert first["position_ids"].tolist() == [[1, 2]]
+    assert first["planes"].tolist() == [[[1, 2]], [[10, 11]]]
+    assert (first["labels"].tolist(), first["use_cache"]) == ([5], False)
+    assert second["input_ids"].tolist() == [[3, 4, 5]]
+    pieces = {**batch, "pixel_values": torch.zeros(12, 4)}  # of which text, it does not tell
+    assert without_padding(model, pieces) == [pieces]
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert without_padding(model, whole) == [whole]
 
 
 def test_the_tokenizer_of_a_processor(byte_tokenizer):

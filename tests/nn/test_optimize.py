@@ -210,7 +210,7 @@ def test_parametrized_layers_are_explained(saved):
     name, layer = next((name, module) for name, module in model.named_modules() if hasattr(module, "mask"))
     parametrize.register_parametrization(layer, "weight", nn.Identity())
     entry = next(entry for entry in rocket.explain(model) if entry.layer == name)
-    assert (entry.path, entry.reason) == ("torch", "it is parametrized")
+    assert (entry.path, entry.reason) == ("torch", "its weight is made of other tensors")
 
 
 @needs_kernels

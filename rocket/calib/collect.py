@@ -94,8 +94,8 @@ def collect_grams(
     """Gram matrices of all target layers from one pass over ``batches`` (keyword arguments of the model's forward).
 
     Padded positions (`Positions`) are left out; texts of several lengths go through models with experts one by one for
-    that (`unpadded`). Layers that read the same tensor share one Gram; this is seen at
-    run time, by identity. What few tokens do not tell of an expert, its siblings do (`fill_experts`).
+    that (`unpadded`). Layers that read the same tensor share one Gram; this is seen at run time, by identity. What few
+    tokens do not tell of an expert, its siblings do (`fill_experts`).
     Layers that no batch reaches (weights that their model uses without calling the layer, experts none of which saw a
     token) are left out with a warning: nothing is known of them, so they stay as they are.
 

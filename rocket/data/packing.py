@@ -64,14 +64,13 @@ def pack_tokens(
     else:
         order = torch.randperm(len(documents), generator=generator).tolist()
         stream = _tokenise([documents[i] for i in order], tokenizer, OVERSAMPLING * num_samples * stride)
-    count = len(stream) // stride
+    windows = cut_windows(stream, seq_len, start)
+    count = len(windows)
     if count == 0:
         raise RocketError(
             f"the text has {len(stream)} tokens, shorter than one sequence of seq_len={seq_len}: "
             "add documents or lower seq_len"
         )
-    windows = stream[: count * stride].view(count, stride)
-    windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), windows], dim=1)
     if num_samples is None:
         return windows
     if count < num_samples:
@@ -92,6 +91,18 @@ def _tokenise(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, enou
         if enough is not None and length >= enough:
             break
     return torch.cat(pieces)
+
+
+def cut_windows(tokens: torch.Tensor, seq_len: int, start: Sequence[int]) -> torch.Tensor:
+    """Windows [n, seq_len] of tokens [m] that do not overlap, each beginning with ``start``; the rest is dropped.
+
+    >>> cut_windows(torch.arange(5), 3, [9]).tolist()
+    [[9, 0, 1], [9, 2, 3]]
+    """
+    stride = seq_len - len(start)
+    count = len(tokens) // stride
+    beginnings = torch.tensor(start, dtype=torch.int64).expand(count, -1)
+    return torch.cat([beginnings, tokens[: count * stride].view(count, stride)], dim=1)
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:

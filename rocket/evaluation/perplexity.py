@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rocket.config.errors import RocketError
-from rocket.data import leading_token
+from rocket.data import cut_windows, leading_token
 from rocket.models import evaluation_mode, is_streamed, run_forward, sweep
 from rocket.usage import track
 
@@ -64,19 +64,16 @@ def perplexity(
     Source: Frantar et al. 2022 (arXiv 2210.17323), evaluation code.
     """
     _check(model, seq_len, batch_size)
-    start = leading_token(tokenizer)
     # verbose: the whole text is longer than the model's context by intention
     ids = tokenizer("\n\n".join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    stride = seq_len - len(start)
-    count = len(ids) // stride if max_tokens is None else min(len(ids) // stride, max_tokens // seq_len)
+    windows = cut_windows(torch.tensor(ids, dtype=torch.int64), seq_len, leading_token(tokenizer))
+    count = len(windows) if max_tokens is None else min(len(windows), max_tokens // seq_len)
     if not count:
         usable = len(ids) if max_tokens is None else min(len(ids), max_tokens)
         raise RocketError(
             f"the evaluation text has {usable} tokens, fewer than one window of seq_len {seq_len}; "
             "give more text, raise max_tokens or lower seq_len"
         )
-    pieces = torch.tensor(ids[: len(ids) // stride * stride]).view(-1, stride)
-    windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(pieces), -1), pieces], dim=1)
     windows = spread_windows(windows, count)
 
     window_losses = window_losses_of(model, track(windows.split(batch_size), "perplexity"))

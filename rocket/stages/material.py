@@ -35,7 +35,7 @@ def check_sources(session: Session) -> None:
     calib, evaluation = session.config.calib, session.config.evaluation
     model = session.model
     name = type(model).__name__
-    if not calibrates_on_samples(session) and not takes_text_alone(model):
+    if not reads_samples(session, calib.source) and not takes_text_alone(model):
         raise RocketError(f"calib.source={calib.source!r}: {name} reads no text alone; name images or speech")
     if evaluation.texts and not takes_text_alone(model):
         raise RocketError(f"evaluation.texts={evaluation.texts}: {name} reads no text alone; write [] and name samples")
@@ -46,7 +46,7 @@ def check_sources(session: Session) -> None:
     check_tasks(evaluation.tasks)
     _check_splits(session)
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
-    if not calibrates_on_samples(session):
+    if not reads_samples(session, session.config.calib.source):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
     for key, length in lengths.items():
         _check_length(model, key, length)
@@ -58,7 +58,7 @@ def _check_splits(session: Session) -> None:
     for section in (config.calib, config.healing):
         if section is None:
             continue
-        if takes_media(session.model) and holds_samples(section.source):
+        if reads_samples(session, section.source):
             check_samples(section.source, "calibration")
         else:
             check_documents(section.source, "calibration", section.text_field)
@@ -74,15 +74,16 @@ def _check_length(model: PreTrainedModel, key: str, length: int) -> None:
         raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
 
 
-def calibrates_on_samples(session: Session) -> bool:
-    return takes_media(session.model) and holds_samples(session.config.calib.source)
+def reads_samples(session: Session, source: str) -> bool:
+    """Whether the model reads images or speech of a source, rather than text."""
+    return takes_media(session.model) and holds_samples(source)
 
 
 def calibration_batches(session: Session) -> Callable[[int | None, int], Sequence[Batch]]:
     """(the first so many samples, how many a batch) -> batches."""
     model, processor = session.loaded
     config = session.config.calib
-    if not calibrates_on_samples(session):
+    if not reads_samples(session, session.config.calib.source):
         tokens = calibration_tokens(session)
         return lambda count, size: token_batches(model, tokens[:count], size)
     samples = load_samples(config.source, "calibration", config.num_samples, config.seed)
@@ -106,7 +107,7 @@ def calibration_tokens(session: Session, spare: int = 0) -> Tensor:
 def healing_examples(session: Session, config: HealingConfig) -> Tensor | Sequence[Sample]:
     """Windows of tokens [n, seq_len], or samples, of the calibration part of healing's source."""
     model, processor = session.loaded
-    if takes_media(model) and holds_samples(config.source):
+    if reads_samples(session, config.source):
         return load_samples(config.source, "calibration")
     _check_length(model, "healing.seq_len", config.seq_len)
     limit = None if config.tokens is None else max(512, config.tokens // FEWEST_TOKENS_A_DOCUMENT)

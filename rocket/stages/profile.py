@@ -17,7 +17,7 @@ from rocket.profiling import LayerProfile, profile_layer
 from rocket.run import fingerprint
 from rocket.session import Session
 from rocket.stages.gather import gather_activations
-from rocket.stages.material import calibrates_on_samples, calibration_tokens
+from rocket.stages.material import calibration_tokens, reads_samples
 from rocket.usage import track
 
 MEASURING_WINDOWS = 64
@@ -103,7 +103,7 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
         session.skip("measure prices")
         return planner
     model = session.model
-    if not is_causal_lm(model) or calibrates_on_samples(session):
+    if not is_causal_lm(model) or reads_samples(session, session.config.calib.source):
         raise RocketError(f"only text decoders calibrated on text can be measured; {type(model).__name__} is not so")
     measured: list[MeasuredPoint] = []
     if session.leads:

@@ -116,7 +116,11 @@ def furnish(make_model, byte_tokenizer, texts) -> Callable[[Path], None]:
 
 
 QUICK_CALIB = CalibConfig(num_samples=16, seq_len=32, batch_size=4, sensitivity_samples=4)
-QUICK_PROFILING = ProfilingConfig(removed_ratios=[0.1, 0.2, 0.3, 0.5, 0.7], rank_support_ratios=[1.0, 1.5, 2.0, 2.5])
+QUICK_PROFILING = ProfilingConfig(
+    forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+    removed_ratios=[0.1, 0.2, 0.3, 0.5, 0.7],
+    rank_support_ratios=[1.0, 1.5, 2.0, 2.5],
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,11 @@ def dense_weight() -> Callable[[dict[str, Tensor], int], Tensor]:
             bits = (state["mask"].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
             keep = bits.flatten(1)[:, :columns].bool()
             weight = torch.zeros(keep.shape, dtype=weight.dtype).masked_scatter(keep, weight)
-        return weight @ state["dictionary"] if "dictionary" in state else weight
+        if "dictionary" not in state:
+            return weight
+        rank, in_features = state["dictionary"].shape
+        beside = [torch.eye(in_features, dtype=weight.dtype)] if columns > rank else []
+        return weight @ torch.cat([state["dictionary"], *beside])
 
     return multiply
 

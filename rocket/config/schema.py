@@ -169,8 +169,8 @@ class ProfilingConfig(Section):
     """
 
     forms: list[str] = Field(
-        default_factory=lambda: ["low_rank", "dictionary", "sparse"],
-        description="What a layer may become, beside staying dense: low_rank, dictionary, sparse.",
+        default_factory=lambda: ["sparse", "sparse_low_rank"],
+        description="What a layer may become, beside staying dense: low_rank, dictionary, sparse, sparse_low_rank.",
     )
     precisions: Annotated[list[Literal["float", "int8"]], Field(min_length=1), AfterValidator(unique_names)] = Field(
         default=["float"],

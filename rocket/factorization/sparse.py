@@ -7,6 +7,7 @@ matrix of its inputs; for a dictionary X are the coefficients and N the Gram mat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,9 +16,7 @@ from torch import Tensor
 
 from rocket.factorization.problem import LayerProblem
 
-ADMM_ITERATIONS = 15
-ADMM_PENALTY = 0.3
-ADMM_GROWTH = 1.2
+PENALTIES = (0.3, 0.36, 0.432, 0.5184, 0.62208)
 ITERATIONS_A_PENALTY = 3
 FIT_ITERATIONS = 5
 SAMPLE_STRIDE = 17
@@ -108,8 +107,10 @@ class Quadratic:
     """½ tr(X N Xᵀ) - tr(X Bᵀ): ``linear`` is B [rows, n], ``gram`` is N [n, n].
 
     The inverses that ADMM needs depend on neither the number of non-zeros nor the start, and are kept; of a matrix
-    beyond `KEPT_INVERSES`, only the last one.
+    beyond `KEPT_INVERSES`, only the last one. ``penalties`` are those of ADMM, ρ, one an iteration.
     """
+
+    penalties: Sequence[float] = tuple(penalty for penalty in PENALTIES for _ in range(ITERATIONS_A_PENALTY))
 
     def __init__(self, linear: Tensor, gram: Tensor) -> None:
         self.linear = linear
@@ -128,6 +129,21 @@ class Quadratic:
             self._inverses[penalty] = torch.cholesky_inverse(damped, out=damped)
         return self._inverses[penalty]
 
+    def times_gram(self, matrix: Tensor) -> Tensor:
+        return matrix @ self.gram
+
+    def slope(self, solution: Tensor) -> Tensor:
+        """B - X N, down which the quadratic falls from X."""
+        return self.linear - self.times_gram(solution)
+
+    def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
+        """X that minimises the quadratic plus ρ/2 ‖X - D + V/ρ‖², for D and V [rows, n]."""
+        right = (penalty * kept).add_(self.linear).sub_(multiplier)
+        return torch.mm(right, self.damped_inverse(penalty))
+
+    def adapt(self, kept: Tensor) -> None:
+        """Called with D after each iteration of ADMM but the last; here nothing depends on it."""
+
     def select_support(self, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
         """The ``count`` entries to keep, by ADMM on the constraint (as ALPS, arXiv 2406.07831).
 
@@ -137,15 +153,16 @@ class Quadratic:
         """
         kept, mask = start, start != 0
         multiplier = torch.zeros_like(start)
-        for iteration in range(ADMM_ITERATIONS):
-            penalty = ADMM_PENALTY * ADMM_GROWTH ** (iteration // ITERATIONS_A_PENALTY)
-            right = (penalty * kept).add_(self.linear).sub_(multiplier)
-            shifted = torch.mm(right, self.damped_inverse(penalty)).add_(multiplier, alpha=1 / penalty)
-            del right
-            is_last = iteration == ADMM_ITERATIONS - 1
-            mask = keep_top(shifted.abs(), count) if is_last else keep_about(shifted.abs(), count)
+        last = len(self.penalties) - 1
+        for iteration, penalty in enumerate(self.penalties):
+            shifted = self.relax(kept, multiplier, penalty).add_(multiplier, alpha=1 / penalty)
+            scores = shifted.abs()
+            mask = keep_top(scores, count) if iteration == last else keep_about(scores, count)
+            del scores
             kept = shifted * mask
             multiplier = shifted.sub_(kept).mul_(penalty)  # V + ρ (X - D), as shifted is X + V/ρ
+            if iteration < last:
+                self.adapt(kept)
         return mask, kept
 
     def fit(self, mask: Tensor, start: Tensor, iterations: int = FIT_ITERATIONS) -> Tensor:
@@ -155,11 +172,11 @@ class Quadratic:
         """
         tiny = torch.finfo(torch.float32).tiny
         solution = start * mask
-        residual = (self.linear - solution @ self.gram) * mask
+        residual = self.slope(solution) * mask
         direction = residual
         energy = residual.square().sum(dim=1, keepdim=True)
         for _ in range(iterations):
-            image = (direction @ self.gram).mul_(mask)
+            image = self.times_gram(direction).mul_(mask)
             curvature = (direction * image).sum(dim=1, keepdim=True)
             step = energy / curvature.clamp(min=tiny)
             solution.addcmul_(step, direction)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.forms import dense, dictionary, low_rank, sparse
+from rocket.forms import dense, dictionary, low_rank, sparse, sparse_low_rank
 from rocket.forms.base import Form, Option
 from rocket.forms.precision import in_int8, quantize_state
 
@@ -20,6 +20,7 @@ FORMS: dict[str, Form] = {
     "low_rank": low_rank,
     "dictionary": dictionary,
     "sparse": sparse,
+    "sparse_low_rank": sparse_low_rank,
 }
 
 
@@ -51,7 +52,8 @@ def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, dtyp
     In float64; or, of an int8 option, int8 with scales of type ``dtype``.
     """
     state = FORMS[option.form].build(problem, option, settings)
-    return quantize_state(state, option.rank or problem.in_features, dtype) if option.scales else state
+    columns = option.spec(problem.in_features, problem.out_features, "").columns
+    return quantize_state(state, columns, dtype) if option.scales else state
 
 
 __all__ = ["FORMS", "Form", "Option", "build", "options_of", "select_forms"]

@@ -27,7 +27,7 @@ def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settin
     power = 2 if problem.cost == "weight" else 1  # that cost is the root of a squared error
     prices = {}
     for option in {max(options, key=_size), min(options, key=_size)}:
-        columns = option.rank or problem.in_features
+        columns = option.spec(problem.in_features, problem.out_features, "").columns
         exact = form.build(problem, option, settings)
         rounded = quantize_state(exact, columns, problem.weight.dtype)
         before, after = (problem.evaluate(_multiplied_out(state, columns)) for state in (exact, rounded))
@@ -48,15 +48,16 @@ def _size(option: Option) -> int:
 def quantize_state(state: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A layer's tensors (`Form.build`) with ``weight``, of so many columns, and ``dictionary`` in int8.
 
-    Their scales, of type ``dtype``, lie beside them. Atoms are first made as long as their columns of coefficients: all
-    coefficients of an output share a scale, and so the small ones lose less.
+    Their scales, of type ``dtype``, lie beside them. Atoms that are all there is are first made as long as their
+    columns of coefficients: all coefficients of an output share a scale, and so the small ones lose less.
     """
     quantized = dict(state)
     weight, mask = _matrix(state, "weight", columns), state.get("mask")
     if "dictionary" in state:
         dictionary = state["dictionary"]
-        lengths = (positive(dictionary.norm(dim=1)) / positive(weight.norm(dim=0))).sqrt()
-        weight, dictionary = weight * lengths, dictionary / lengths.unsqueeze(1)
+        if columns == len(dictionary):
+            lengths = (positive(dictionary.norm(dim=1)) / positive(weight.norm(dim=0))).sqrt()
+            weight, dictionary = weight * lengths, dictionary / lengths.unsqueeze(1)
         quantized["dictionary"], quantized["dictionary_scale"] = int8.quantize(dictionary, dtype)
     values, quantized["weight_scale"] = int8.quantize(weight, dtype)
     if mask is not None:
@@ -67,7 +68,11 @@ def quantize_state(state: Mapping[str, Tensor], columns: int, dtype: torch.dtype
 
 def _multiplied_out(state: Mapping[str, Tensor], columns: int) -> Tensor:
     weight = _matrix(state, "weight", columns)
-    return weight @ _matrix(state, "dictionary", columns) if "dictionary" in state else weight
+    if "dictionary" not in state:
+        return weight
+    dictionary = _matrix(state, "dictionary", columns)
+    product = weight[:, : len(dictionary)] @ dictionary
+    return product if columns == len(dictionary) else product + weight[:, len(dictionary) :]
 
 
 def _matrix(state: Mapping[str, Tensor], name: str, columns: int) -> Tensor:

@@ -36,7 +36,7 @@ class MaskedLowRank(nn.Module):
         super().__init__()
         weight = layer.get_parameter("weight")
         packed = layer.is_sparse
-        columns = layer.spec.rank or layer.in_features
+        columns = layer.spec.columns
         rank = min(rank, columns, layer.out_features)
         down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
         self.down = nn.Parameter(down.to(weight.device))

@@ -45,9 +45,12 @@ def factor_linear(
     bias: Tensor | None = None,
     dictionary_scale: Tensor | None = None,
     scale: Tensor | None = None,
+    beside_input: bool = False,
 ) -> Tensor:
     hidden = torch.ops.rocket.dense_linear(x, dictionary, None, dictionary_scale)
-    result: Tensor = torch.ops.rocket.sparse_linear(hidden, values, mask, offsets, dictionary.shape[0], bias, scale)
+    if beside_input:
+        hidden = torch.cat([hidden, x], dim=-1)
+    result: Tensor = torch.ops.rocket.sparse_linear(hidden, values, mask, offsets, hidden.shape[-1], bias, scale)
     return result
 
 

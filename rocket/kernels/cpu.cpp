@@ -346,24 +346,26 @@ EXPORT int rocket_sparse_linears(int path, int type, int threads, const void* x,
 }
 
 // y [batch, rows] = (x [batch, in] Dᵀ) Sᵀ + bias with D [rank, in] dense; x Dᵀ is rounded to the type of x, so that the
-// result is that of the two products one after the other. Both matrices have a scale, or neither.
+// result is that of the two products one after the other. S has `cols` = rank columns, or rank + in: then it multiplies
+// x Dᵀ with x beside it. Both matrices have a scale, or neither.
 EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t in,
                                 const void* dictionary, const void* dictionary_scale, int64_t rank, const void* values,
                                 const void* scale, const uint8_t* mask, const int64_t* offsets, int64_t nnz,
-                                int64_t rows, const void* bias, void* y) {
+                                int64_t rows, int64_t cols, const void* bias, void* y) {
     if (bad(path, type) || !dictionary_scale != !scale) return BAD_REQUEST;
+    if (cols != rank && cols != rank + in) return BAD_REQUEST;
     if (offsets[0] < 0 || offsets[rows] > nnz) return BAD_OFFSETS;
     if (batch == 0 || rows == 0) return OK;
     const Kernels kernels = kernels_of(path, type, scale, batch);
     const int64_t size = size_of(type), item = scale ? 1 : size;
-    const Operands outer(kernels, batch, in, size), inner(kernels, batch, rank, size);
+    const Operands outer(kernels, batch, in, size), inner(kernels, batch, cols, size);
     // Whether the first product can write the second one's operands itself.
     const bool direct = kernels.in_order && kernels.operand_size == size;
     const Scratch outer_scratch(outer.as_is ? 0 : outer.bytes), inner_scratch(inner.bytes);
-    const Scratch hidden(direct ? 0 : batch * rank * size);
+    const Scratch hidden(direct ? 0 : batch * cols * size);
     Product first{dictionary, dictionary_scale, type, nullptr, nullptr,       rank, in,
-                  x,          outer.stride,     batch, nullptr, hidden.data(), rank};
-    std::vector<Product> second{{values, scale, type, mask, offsets, rows, rank, inner_scratch.data(), inner.stride,
+                  x,          outer.stride,     batch, nullptr, hidden.data(), cols};
+    std::vector<Product> second{{values, scale, type, mask, offsets, rows, cols, inner_scratch.data(), inner.stride,
                                  batch, bias, y, rows, nnz}};
     const Tails tails(second, item);
     if (outer_scratch.failed() || inner_scratch.failed() || hidden.failed() || tails.failed()) return NO_MEMORY;
@@ -376,6 +378,9 @@ EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, 
         first.y = inner_scratch.data();
         first.y_stride = inner.stride;
     }
+    for (int64_t row = 0; cols > rank && row < batch; row++)
+        memcpy(static_cast<char*>(first.y) + (row * first.y_stride + rank) * size,
+               static_cast<const char*>(x) + row * in * size, size_t(in * size));
     const Shares first_shares(&first, 1, item), second_shares(second.data(), 1, item);
     const int first_threads = first_shares.threads(threads), second_threads = second_shares.threads(threads);
     parallel(first_threads > second_threads ? first_threads : second_threads, [&](int id, int count) {
@@ -383,7 +388,7 @@ EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, 
         barrier();
         if (!direct) {
             if (id == 0 && inner_scratch.data())
-                kernels.prepare(hidden.data(), rank, batch, rank, inner_scratch.data(), inner.rows, inner.stride);
+                kernels.prepare(hidden.data(), cols, batch, cols, inner_scratch.data(), inner.rows, inner.stride);
             barrier();
         }
         second_shares.each(id, count, kernels.rows);

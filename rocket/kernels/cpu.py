@@ -165,13 +165,15 @@ def factor_linear(
     bias: Tensor | None = None,
     dictionary_scale: Tensor | None = None,
     scale: Tensor | None = None,
+    beside_input: bool = False,
 ) -> Tensor:
     kernels = kernels_for(operands.value_type(values, scale))
     rank, in_features = dictionary.shape
     batch, out = rows_of(x), mask.shape[0]
     if kernels is None or batch > MAX_KERNEL_BATCH:
-        return by_torch.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale)
-    operands.check_sparse(mask, offsets, rank)
+        return by_torch.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale, beside_input)
+    columns = rank + in_features if beside_input else rank
+    operands.check_sparse(mask, offsets, columns)
     operands.check_product(x, dictionary, in_features, dictionary_scale, rank)
     operands.check_product(x, values, in_features, scale, out, bias)
     x = x.contiguous()
@@ -181,7 +183,7 @@ def factor_linear(
         *(kernels.path, library.TYPES[x.dtype], torch.get_num_threads()),
         *(x.data_ptr(), batch, in_features),
         *(pointer(dictionary), pointer(dictionary_scale), rank),
-        *(*sparse, pointer(bias), y.data_ptr()),
+        *(*sparse, columns, pointer(bias), y.data_ptr()),
     )
     return y
 

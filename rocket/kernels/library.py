@@ -82,7 +82,7 @@ def open_kernels(file: Path, wanted: str | None = None) -> Kernels:
         available=available,
         dense_linear=function("rocket_dense_linear", *_INPUTS, *_DENSE, *_RESULT),
         sparse_linears=function("rocket_sparse_linears", *_INPUTS, *_PARTS),
-        factor_linear=function("rocket_factor_linear", *_INPUTS, *_DENSE, *_SPARSE, *_RESULT),
+        factor_linear=function("rocket_factor_linear", *_INPUTS, *_DENSE, *_SPARSE, _LONG, *_RESULT),
         expand=function("rocket_expand", *_SPARSE, _LONG, _POINTER),
     )
 

@@ -30,7 +30,7 @@ for _schema in (
     "sparse_linears(Tensor x, Tensor[] values, Tensor[] masks, Tensor[] offsets, int cols, Tensor?[] biases,"
     " Tensor?[] scales) -> Tensor[]",
     "factor_linear(Tensor x, Tensor dictionary, Tensor values, Tensor mask, Tensor offsets, Tensor? bias=None,"
-    " Tensor? dictionary_scale=None, Tensor? scale=None) -> Tensor",
+    " Tensor? dictionary_scale=None, Tensor? scale=None, bool beside_input=False) -> Tensor",
     "dense_linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scale=None) -> Tensor",
     "expand(Tensor values, Tensor mask, Tensor offsets, int cols, Tensor? scale=None) -> Tensor",
     "pick(Tensor dense, Tensor mask, int count) -> Tensor",
@@ -125,15 +125,18 @@ def factor_linear(
     bias: Tensor | None = None,
     dictionary_scale: Tensor | None = None,
     scale: Tensor | None = None,
+    beside_input: bool = False,
 ) -> Tensor:
     """(x Dᵀ) Sᵀ + bias in one call, for a dense dictionary D [k, in] and a bitmap-packed S [out, k].
 
+    ``beside_input``: S is [out, k + in] and multiplies x Dᵀ with x beside it.
     x Dᵀ is rounded to the dtype of x, so that the result is that of `dense_linear` followed by `sparse_linear`, whose
     arguments and errors it shares. Both matrices have int8 values, with scales [k] and [out], or neither.
     """
+    tensors = dictionary, values, mask, offsets, bias, dictionary_scale, scale
     if direct(x):
-        return cpu.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale)
-    result: Tensor = _factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale)
+        return cpu.factor_linear(x, *tensors, beside_input)
+    result: Tensor = _factor_linear(x, *tensors, beside_input)
     return result
 
 
@@ -234,6 +237,7 @@ def _factor_linear_fake(
     bias: Tensor | None = None,
     dictionary_scale: Tensor | None = None,
     scale: Tensor | None = None,
+    beside_input: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
 

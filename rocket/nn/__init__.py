@@ -9,6 +9,7 @@ from rocket.nn.layers import (
     LowRankLinear,
     Precision,
     SparseLinear,
+    SparseLowRankLinear,
 )
 from rocket.nn.optimize import explain, optimize
 from rocket.nn.quantizer import RocketConfig, RocketQuantizer, attach_quantizer, detach_quantizer, replace_module
@@ -24,6 +25,7 @@ __all__ = [
     "RocketConfig",
     "RocketQuantizer",
     "SparseLinear",
+    "SparseLowRankLinear",
     "attach_quantizer",
     "detach_quantizer",
     "explain",

@@ -25,8 +25,8 @@ class LayerSpec:
     """What config.json says of a compressed layer.
 
     ``form`` names the class in `LAYERS`; ``in_features`` and ``out_features`` are the layer's. ``rank`` is the number
-    of atoms, 0 where there is no dictionary. ``nnz`` is the number of stored values of the sparse matrix, 0 where there
-    is none. ``input_group`` is the first layer that reads the same input, itself if it is the first.
+    of learned atoms, 0 where there is no dictionary. ``nnz`` is the number of stored values of the sparse matrix, 0
+    where there is none. ``input_group`` is the first layer that reads the same input, itself if it is the first.
     """
 
     form: str
@@ -36,6 +36,13 @@ class LayerSpec:
     nnz: int
     input_group: str
     precision: Precision = "float"
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix ``weight``: one an input, one a learned atom, or both."""
+        if self.form == "sparse_low_rank":
+            return self.rank + self.in_features
+        return self.rank or self.in_features
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerSpec:
@@ -261,7 +268,7 @@ class SparseLinear(CompressedLinear):
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
         _check(spec.rank == 0, spec, "rank")
-        self._store_sparse(spec.in_features)
+        self._store_sparse(spec.columns)
 
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = self._cast(inputs)
@@ -306,7 +313,7 @@ class FactorizedLinear(CompressedLinear):
         super().__init__(spec, bias)
         _check(0 < spec.rank <= min(spec.in_features, spec.out_features), spec, "rank")
         self._store("dictionary", spec.rank, spec.rank, spec.in_features)
-        self._store_sparse(spec.rank)
+        self._store_sparse(spec.columns)
 
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = self._cast(inputs)
@@ -322,8 +329,41 @@ class FactorizedLinear(CompressedLinear):
         return self.matrix("weight") @ self.matrix("dictionary")
 
 
+class SparseLowRankLinear(CompressedLinear):
+    """W = C · [dictionary; I], with ``dictionary`` [rank, in] dense and C [out, rank + in] sparse.
+
+    C is ``weight`` and ``mask``: its first columns multiply the atoms, dense as a rule, the others the input itself.
+    """
+
+    form = "sparse_low_rank"
+    precisions = ("float", "int8")
+    mask: Tensor
+
+    def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
+        super().__init__(spec, bias)
+        _check(0 < spec.rank <= min(spec.in_features, spec.out_features), spec, "rank")
+        self._store("dictionary", spec.rank, spec.rank, spec.in_features)
+        self._store_sparse(spec.columns)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = self._cast(inputs)
+        offsets = self.offsets
+        if offsets is None or not self._by_kernels(inputs):
+            both = torch.cat([F.linear(inputs, self.matrix("dictionary")), inputs], dim=-1)
+            return F.linear(both, self.matrix("weight"), self.bias)
+        if self.macko is not None and inputs.shape[:-1].numel() == 1:
+            both = torch.cat([F.linear(inputs, self.dictionary), inputs], dim=-1)
+            return macko.linear(self.macko, both, self.bias)
+        matrices = self.dictionary, self.weight, self.mask, offsets
+        return ops.factor_linear(inputs, *matrices, self.bias, self.dictionary_scale, self.weight_scale, True)
+
+    def dense_weight(self) -> Tensor:
+        coefficients, rest = self.matrix("weight").split([self.spec.rank, self.in_features], dim=1)
+        return torch.addmm(rest, coefficients, self.matrix("dictionary"))
+
+
 LAYERS: dict[str, type[CompressedLinear]] = {
-    layer.form: layer for layer in (Int8Linear, LowRankLinear, SparseLinear, FactorizedLinear)
+    layer.form: layer for layer in (Int8Linear, LowRankLinear, SparseLinear, FactorizedLinear, SparseLowRankLinear)
 }
 
 

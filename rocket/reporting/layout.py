@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rocket.allocation import Plan, Planner
 
-LETTERS = {"dense": "·", "low_rank": "l", "dictionary": "d", "sparse": "s"}
+LETTERS = {"dense": "·", "low_rank": "l", "dictionary": "d", "sparse": "s", "sparse_low_rank": "m"}
 LETTERS |= {f"{form} int8": letter.upper() for form, letter in LETTERS.items()} | {"dense int8": "8"}
 
 

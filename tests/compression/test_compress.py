@@ -17,7 +17,7 @@ from rocket.nn import LAYERS, CompressedLinear, Int8Linear
 @pytest.fixture(scope="module")
 def plan(planned) -> Plan:
     """All forms and dense in turn, so that each is seen."""
-    forms = ["dictionary", "low_rank", "sparse", "dense", "dictionary"]
+    forms = ["dictionary", "low_rank", "sparse", "dense", "sparse_low_rank"]
     choices = {}
     for number, profile in enumerate(planned.planner.profiles):
         form = forms[number % len(forms)]

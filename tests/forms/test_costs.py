@@ -1,10 +1,13 @@
 """The cost that an option promises is the cost of the matrix that is built."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from rocket.config.schema import ProfilingConfig
 from rocket.forms import FORMS
-from rocket.forms.sparse import interpolate
+from rocket.forms.knots import interpolate
 
 COSTS = ["weight", "activation", "loss"]
 SHAPES = [(48, 96), (96, 48), (64, 64)]
@@ -23,7 +26,7 @@ def promised_and_real(problem, form, dense_weight, settings) -> list[tuple[float
     pairs = []
     for option in options:
         state = FORMS[form].build(problem, option, settings)
-        weight = dense_weight(state, option.rank or problem.in_features)
+        weight = dense_weight(state, option.spec(problem.in_features, problem.out_features, "").columns)
         pairs.append((option.cost, problem.evaluate(weight)))
     return pairs
 
@@ -61,7 +64,7 @@ def test_sparse_costs_of_few_sizes(make_problem, dense_weight, ratios):
         assert promised == pytest.approx(real, rel=0.1)
 
 
-@pytest.mark.parametrize("form", ["low_rank", "dictionary", "sparse"])
+@pytest.mark.parametrize("form", ["low_rank", "dictionary", "sparse", "sparse_low_rank"])
 @pytest.mark.parametrize("cost", COSTS)
 def test_removing_more_costs_more(make_problem, form, cost):
     options = FORMS[form].options(make_problem(64, 96, cost), ProfilingConfig())
@@ -69,6 +72,23 @@ def test_removing_more_costs_more(make_problem, form, cost):
     assert costs == sorted(costs)
     sizes = [option.parameters for option in options]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(128, 192), (192, 128)])
+def test_sparse_plus_low_rank_is_built_no_worse_than_priced(make_problem, dense_weight, shape):
+    problem = make_problem(*shape, "loss")
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(shape[0], 2, generator=generator) @ torch.randn(2, shape[1], generator=generator)
+    problem = replace(problem, weight=problem.weight + 3 * low_rank)
+    settings = ProfilingConfig(removed_ratios=[0.05, 0.1, 0.2, 0.3, 0.5, 0.7])
+    options = FORMS["sparse_low_rank"].options(problem, settings)
+    assert len(options) == 5  # where 5 % is removed there is no room for a low-rank part that is worth its while
+    plain = dict(zip(settings.removed_ratios[1:], FORMS["sparse"].options(problem, settings)[1:], strict=True))
+    for option, twin in zip(options, plain.values(), strict=True):
+        state = FORMS["sparse_low_rank"].build(problem, option, settings)
+        real = problem.evaluate(dense_weight(state, option.rank + problem.in_features))
+        assert 0.5 * option.cost < real < 1.15 * option.cost
+        assert option.parameters > 0.85 * problem.weight.numel() or real < twin.cost
 
 
 def test_interpolation_meets_its_knots():

@@ -10,7 +10,7 @@ from rocket.kernels import bitmap
 from rocket.nn.layers import empty_layer
 
 BOTH = ProfilingConfig(removed_ratios=[0.2, 0.4, 0.6], precisions=["float", "int8"])
-FORMS = ["dense", "low_rank", "dictionary", "sparse"]
+FORMS = ["dense", "low_rank", "dictionary", "sparse", "sparse_low_rank"]
 
 
 def layer_of(problem, option, dtype=torch.float32):

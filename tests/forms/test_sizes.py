@@ -54,6 +54,8 @@ def test_hand_counted_sizes(make_problem):
     assert (dictionary.rank, dictionary.nnz, dictionary.parameters) == (14, 7 * 40, 14 * 20 + 7 * 40)
     (sparse,) = FORMS["sparse"].options(problem, settings)
     assert (sparse.rank, sparse.nnz, sparse.parameters, sparse.mask_bits) == (0, 560, 560, 40 * 64)
+    (both,) = FORMS["sparse_low_rank"].options(problem, settings)  # a tenth of 800 values makes one atom of 60
+    assert (both.rank, both.nnz, both.parameters, both.mask_bits) == (1, 540, 560, 40 * 64)
 
 
 def test_options_beyond_the_matrix_do_not_exist(make_problem):

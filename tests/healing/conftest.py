@@ -51,7 +51,9 @@ def make_compressed(planned, planner) -> Callable[..., PreTrainedModel]:
     """Compresses the tiny llama, in the type given."""
 
     def make(*forms: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        return with_forms(planned, planner, list(forms or ("sparse", "dictionary", "low_rank"))).to(dtype)
+        return with_forms(planned, planner, list(forms or ("sparse", "dictionary", "low_rank", "sparse_low_rank"))).to(
+            dtype
+        )
 
     return make
 

@@ -144,14 +144,33 @@ static void round(int path, int type, bool guarded, double tolerance) {
            type, rows, cols, batch);
 
     status = rocket_factor_linear(path, type, threads, u.as<T>(), batch, in, dictionary.as<V>(), dictionary_scale, cols,
-                                  values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b,
-                                  y.as<T>());
+                                  values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, cols,
+                                  b, y.as<T>());
     status |= rocket_dense_linear(path, type, 1, u.as<T>(), batch, in, dictionary.as<V>(), dictionary_scale, cols,
                                   nullptr, h.as<T>());
     whole.y = z.as<T>();
     status |= rocket_sparse_linears(path, type, 1, h.as<T>(), batch, cols, &whole, 1);
     same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
     expect(same, "factor_linear", path, type, rows, cols, batch);
+
+    // Some columns for atoms, the others for the input itself.
+    const int64_t rank = between(0, cols), rest = cols - rank;
+    Buffer atoms(rank * rest * int64_t(sizeof(V)), guarded), direct(batch * rest * item, guarded);
+    Buffer first(batch * rank * item, guarded);
+    fill(atoms.as<V>(), rank * rest);
+    fill(direct.as<T>(), batch * rest);
+    status = rocket_factor_linear(path, type, threads, direct.as<T>(), batch, rest, atoms.as<V>(), dictionary_scale, rank,
+                                  values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, cols, b,
+                                  y.as<T>());
+    status |= rocket_dense_linear(path, type, 1, direct.as<T>(), batch, rest, atoms.as<V>(), dictionary_scale, rank,
+                                  nullptr, first.as<T>());
+    for (int64_t i = 0; i < batch; i++) {
+        memcpy(h.as<T>() + i * cols, first.as<T>() + i * rank, size_t(rank * item));
+        memcpy(h.as<T>() + i * cols + rank, direct.as<T>() + i * rest, size_t(rest * item));
+    }
+    status |= rocket_sparse_linears(path, type, 1, h.as<T>(), batch, cols, &whole, 1);
+    same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
+    expect(same, "factor_linear beside its input", path, type, rows, cols, batch);
 
     if (nnz)
         expect(rocket_expand(path, type, 1, values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz - 1,

@@ -115,6 +115,10 @@ def test_products_agree_with_the_dense_ones(
         assert_product(fused, hidden, weight, bias)
         if path != "torch":
             assert torch.equal(fused, ops.sparse_linear(hidden, *sparse, keep.shape[1], bias))
+        rank = min(dictionary.shape[1], keep.shape[1])  # as many atoms, the other columns are those of the input
+        u, atoms = x[..., rank:], torch.randn(rank, keep.shape[1] - rank).to(x.dtype)
+        beside = ops.factor_linear(u, atoms, *sparse, bias, None, None, True)
+        assert_product(beside, torch.cat([ops.dense_linear(u, atoms), u], dim=-1), weight, bias)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -145,6 +149,12 @@ def test_products_of_int8_agree_with_the_dense_ones(
         hidden = ops.dense_linear(u, atoms.values, None, atoms.scale)
         fused = ops.factor_linear(u, atoms.values, *packed, bias, atoms.scale, weight.scale)
         assert_product(fused, hidden, exact, bias)
+        rank = min(dictionary.shape[1], cols)
+        atoms = Quantized.of(torch.randn(rank, cols - rank), torch.ones(rank, cols - rank, dtype=torch.bool), x.dtype)
+        u = x[..., rank:]
+        beside = ops.factor_linear(u, atoms.values, *packed, bias, atoms.scale, weight.scale, True)
+        hidden = ops.dense_linear(u, atoms.values, None, atoms.scale)
+        assert_product(beside, torch.cat([hidden, u], dim=-1), exact, bias)
         both = ops.sparse_linears(x, *([part, part] for part in packed), cols, [bias, None], [weight.scale] * 2)
         assert torch.equal(both[0], sparse)
 
@@ -263,6 +273,7 @@ def test_opcheck(batch: int, bias: Tensor | None) -> None:
         (torch.ops.rocket.sparse_linear, (x, *sparse, 70, bias)),
         (torch.ops.rocket.sparse_linears, (x, *([part, part] for part in sparse), 70, [bias, None], [None, None])),
         (torch.ops.rocket.factor_linear, (x[..., :5], dictionary, *sparse, bias)),
+        (torch.ops.rocket.factor_linear, (x[..., :65], torch.randn(5, 65), *sparse, bias, None, None, True)),
         (torch.ops.rocket.dense_linear, (x, dense, bias)),
         (torch.ops.rocket.expand, (*sparse, 70)),
     ):

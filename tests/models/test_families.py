@@ -81,7 +81,11 @@ FAMILIES = {
 MIXTURES = {family for family, values in FAMILIES.items() if any("experts" in key for key in values)}
 EXPERT = re.compile(r"\.(mlp|feed_forward|block_sparse_moe)\..*(\.\d+$|experts\.\d+)")
 CALIB = CalibConfig(num_samples=16, seq_len=32, batch_size=4, sensitivity_samples=4)
-PROFILING = ProfilingConfig(removed_ratios=[0.1, 0.3, 0.5, 0.7], rank_support_ratios=[1.0, 1.5, 2.0])
+PROFILING = ProfilingConfig(
+    forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+    removed_ratios=[0.1, 0.3, 0.5, 0.7],
+    rank_support_ratios=[1.0, 1.5, 2.0],
+)
 
 
 def logits(model, ids):

@@ -20,7 +20,11 @@ from rocket.models import auto_class, forward_arguments, run_forward, target_lay
 
 VOCABULARY, WIDTH, LENGTH = 97, 32, 16
 CALIB = CalibConfig(num_samples=16, batch_size=4, sensitivity_samples=8)
-PROFILING = ProfilingConfig(removed_ratios=[0.1, 0.3, 0.5, 0.7], rank_support_ratios=[1.0, 2.0])
+PROFILING = ProfilingConfig(
+    forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+    removed_ratios=[0.1, 0.3, 0.5, 0.7],
+    rank_support_ratios=[1.0, 2.0],
+)
 IMAGE_TOKEN = 5
 
 TEXT = {

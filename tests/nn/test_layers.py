@@ -8,13 +8,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from rocket.kernels import bitmap
-from rocket.nn import LAYERS, FactorizedLinear, Int8Linear, LayerSpec, LowRankLinear, SparseLinear
+from rocket.nn import LAYERS, FactorizedLinear, Int8Linear, LayerSpec, LowRankLinear, SparseLinear, SparseLowRankLinear
 from rocket.nn.layers import CompressedLinear, empty_layer
 from rocket.nn.optimize import DenseLinear
 
 IN, OUT, RANK, KEPT = 70, 24, 20, 300  # 70 columns: rows of the mask are padded to two words
-FLOATING = [("low_rank", "float"), ("sparse", "float"), ("dictionary", "float")]
-KINDS = [*FLOATING, ("dense", "int8"), ("low_rank", "int8"), ("sparse", "int8"), ("dictionary", "int8")]
+FLOATING = [(form, "float") for form in ("low_rank", "sparse", "dictionary", "sparse_low_rank")]
+KINDS = [*FLOATING, *((form, "int8") for form in ("dense", "low_rank", "sparse", "dictionary", "sparse_low_rank"))]
 
 
 def layer_spec(form: str, rank: int, nnz: int, precision: str = "float") -> LayerSpec:
@@ -29,8 +29,9 @@ def keep_mask(rows: int, columns: int, count: int) -> torch.Tensor:
 def make_layer(
     form: str, bias: bool = True, dtype: torch.dtype = torch.float32, precision: str = "float"
 ) -> CompressedLinear:
-    spec = {"dense": (0, 0), "low_rank": (RANK, 0), "sparse": (0, KEPT), "dictionary": (RANK, KEPT)}[form]
-    layer = empty_layer(layer_spec(form, *spec, precision), bias)
+    rank = 0 if form in ("dense", "sparse") else RANK
+    nnz = 0 if form in ("dense", "low_rank") else KEPT
+    layer = empty_layer(layer_spec(form, rank, nnz, precision), bias)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -39,7 +40,7 @@ def make_layer(
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         if layer.is_sparse:
-            layer.mask.copy_(bitmap.pack_mask(keep_mask(OUT, RANK if form == "dictionary" else IN, KEPT)))
+            layer.mask.copy_(bitmap.pack_mask(keep_mask(OUT, layer.spec.columns, KEPT)))
     return layer.to(dtype)
 
 
@@ -171,6 +172,9 @@ def test_gradients_flow_to_stored_values_only(form):
         expected = expected[bitmap.unpack_mask(layer.mask, IN)]
     elif form == "dictionary":
         expected = (expected @ layer.dictionary.T)[bitmap.unpack_mask(layer.mask, RANK)]
+    elif form == "sparse_low_rank":
+        atoms = torch.cat([layer.dictionary, torch.eye(IN)])
+        expected = (expected @ atoms.T)[bitmap.unpack_mask(layer.mask, RANK + IN)]
     else:
         expected = expected @ layer.dictionary.T
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-3, atol=1e-3)
@@ -256,6 +260,7 @@ def test_conversion_leaves_the_mask_and_int8_values(form, precision, dtype):
 @pytest.mark.parametrize(("form", "precision"), KINDS)
 def test_stored_values(form, precision):
     expected = {"dense": IN * OUT, "low_rank": RANK * (IN + OUT), "sparse": KEPT, "dictionary": RANK * IN + KEPT}
+    expected["sparse_low_rank"] = expected["dictionary"]
     layer = make_layer(form, precision=precision)
     assert layer.stored_values() == expected[form]
     assert f"precision={precision}" in repr(layer)
@@ -326,4 +331,5 @@ def test_registry():
         "low_rank": LowRankLinear,
         "sparse": SparseLinear,
         "dictionary": FactorizedLinear,
+        "sparse_low_rank": SparseLowRankLinear,
     } == LAYERS

@@ -15,7 +15,7 @@ import rocket
 from rocket.kernels import library
 from rocket.nn.optimize import DenseLinear
 
-FORMS = ["low_rank", "dictionary", "sparse", "dense"]
+FORMS = ["low_rank", "dictionary", "sparse", "sparse_low_rank", "dense"]
 needs_kernels = pytest.mark.skipif(library.load() is None, reason="needs the compiled kernels")
 
 

@@ -1,0 +1,85 @@
+"""Sparse plus low-rank: W ≈ X + A B, found together.
+
+Alternating the two parts settles at once: each fits what the other leaves, and neither moves. Here the sparse part is
+found by the ADMM of `factorization.sparse` on the error that the *best* A leaves (`Deflated`), and the atoms B turn a
+little in each of its iterations, while its support still moves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rocket.factorization.sparse import Quadratic, ScaledProblem
+
+PENALTIES = (0.2, 0.26, 0.34, 0.44, 0.57)
+OVERSHOOT = 1.5
+START_TURNS = 3
+LAST_TURNS = 2
+RIDGE = 1e-9
+
+
+class Deflated(Quadratic):
+    """What X + A B leaves of a scaled weight T [out, in] at the best A [out, k], for atoms B [k, in] that adapt to X.
+
+    With atoms orthonormal in N (B N Bᵀ = I) and U = N Bᵀ, the best A is (T - X) U, and the error that remains is
+    tr((T - X) N' (T - X)ᵀ) with N' = N - U Uᵀ: the quadratic of a sparse layer whose inputs have lost k directions.
+    (N' + ρI)⁻¹ comes from (N + ρI)⁻¹ by the formula of Woodbury. ``repeats`` are the iterations with each penalty: the
+    error goes on falling with them, as support and atoms follow each other.
+    """
+
+    def __init__(self, scaled: ScaledProblem, rank: int, repeats: int) -> None:
+        super().__init__(scaled.quadratic.linear, scaled.gram)
+        self.penalties = [penalty for penalty in PENALTIES for _ in range(repeats)]
+        self.target = scaled.weight
+        self._inverses = scaled.quadratic._inverses
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(rank, len(scaled.gram), generator=generator)
+        self._set_atoms(start.to(self.target))
+        for _ in range(START_TURNS):
+            self._turn(self.target)
+
+    def _set_atoms(self, rows: Tensor) -> None:
+        """Take the space of ``rows`` [k, in] for that of the atoms."""
+        images = self.gram @ rows.T
+        products = (rows @ images).double()
+        products.diagonal().add_(RIDGE * products.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        factor = torch.linalg.cholesky(products).float()
+        self.atoms = torch.linalg.solve_triangular(factor, rows, upper=False)
+        self.images = torch.linalg.solve_triangular(factor, images.T, upper=False).T  # U = N Bᵀ [in, k]
+
+    def _turn(self, rest: Tensor, overshoot: float = 1.0) -> None:
+        """One step of subspace iteration towards the best atoms for ``rest`` [out, in], or further by ``overshoot``."""
+        coefficients = rest @ self.images
+        directions = torch.linalg.qr(coefficients).Q
+        turned = directions.T @ rest
+        if overshoot != 1.0:
+            turned = turned.mul_(overshoot).addmm_(directions.T @ coefficients, self.atoms, alpha=1.0 - overshoot)
+        self._set_atoms(turned)
+
+    def adapt(self, kept: Tensor) -> None:
+        self._turn(self.target - kept, OVERSHOOT)
+
+    def times_gram(self, matrix: Tensor) -> Tensor:
+        return torch.addmm(matrix @ self.gram, matrix @ self.images, self.images.T, alpha=-1.0)
+
+    def slope(self, solution: Tensor) -> Tensor:
+        return self.times_gram(self.target - solution)
+
+    def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
+        """As `Quadratic.relax`: X = T + (ρ (D - T) - V)(N' + ρI)⁻¹."""
+        inverse = self.damped_inverse(penalty)
+        spread = inverse @ self.images
+        inner = torch.eye(spread.shape[1]).to(spread) - self.images.T @ spread
+        right = (kept - self.target).mul_(penalty).sub_(multiplier)
+        thin = torch.linalg.solve(inner, right @ spread, left=False)
+        return torch.addmm(self.target, right, inverse).addmm_(thin, spread.T)
+
+    def decompose(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """X [out, in] with ``count`` non-zeros, its mask, and A [out, k]."""
+        mask, kept = self.select_support(count, self.target)
+        sparse = self.fit(mask, kept)
+        for _ in range(LAST_TURNS):
+            self._turn(self.target - sparse)
+        sparse = self.fit(mask, sparse)
+        return sparse, mask, (self.target - sparse) @ self.images

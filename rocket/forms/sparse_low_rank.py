@@ -1,0 +1,96 @@
+"""W ≈ X + A B, X sparse and A B of low rank: a dictionary of learned atoms B beside one identity atom an input.
+
+The learned atoms are used by every output, the others by few. What share of the values they take is a rule
+(`sizes_for`), found on layers of SmolLM2; near it the error is flat.
+
+A price takes a fit of its own. How it compares to that of a sparse layer changes little from size to size, and alike in
+all layers: so it is found at a few sizes (`KNOTS`), and the ratio of the two is interpolated. Prices come from half the
+iterations that `build` makes: a layer is built better than it is priced, by a fifth at 20 % removed, by less beyond.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rocket.config.schema import ProfilingConfig
+from rocket.factorization.basis import positive
+from rocket.factorization.problem import LayerProblem
+from rocket.factorization.sparse import scale_problem
+from rocket.factorization.sparse_low_rank import Deflated
+from rocket.forms import sparse
+from rocket.forms.base import Option, as_state, keep_ratio_budget, padded_bits
+from rocket.forms.knots import interpolate, knots_for
+from rocket.kernels import bitmap
+
+name = "sparse_low_rank"
+
+KNOTS = (0.1, 0.25, 0.7)
+LEAST_REMOVED = 0.1
+LARGEST_SHARE = 0.1
+PRICED, BUILT = 4, 8
+"""Iterations with each of ADMM's penalties."""
+
+
+def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
+    """One option a removed ratio, from `LEAST_REMOVED` on, that leaves room for an atom, of all non-zeros that fit."""
+    sizes = {}
+    for ratio in settings.removed_ratios:
+        if ratio >= LEAST_REMOVED and (size := sizes_for(problem, ratio)):
+            sizes[ratio] = size
+    if not sizes:
+        return []
+    sparse_costs = dict(zip(settings.removed_ratios, sparse.costs(problem, settings.removed_ratios), strict=True))
+    scaled = scale_problem(problem.tempered)
+    knots = knots_for(list(sizes), [min(sizes, key=lambda ratio: abs(ratio - knot)) for knot in KNOTS])
+    gains = []
+    for knot in knots:
+        rank, count = sizes[knot]
+        deflated = Deflated(scaled, rank, PRICED)
+        rest, _, coefficients = deflated.decompose(count)
+        cost = problem.evaluate(scaled.unscale(rest.addmm_(coefficients, deflated.atoms)))
+        gains.append(cost / sparse_costs[knot] if sparse_costs[knot] > 0 else 1.0)
+    found = []
+    for removed_ratio, (rank, count) in sizes.items():
+        nnz = problem.out_features * rank + count
+        bits = padded_bits(problem.out_features, rank + problem.in_features)
+        cost = sparse_costs[removed_ratio] * interpolate(removed_ratio, knots, gains)
+        found.append(Option(name, rank * problem.in_features + nnz, mask_bits=bits, cost=cost, rank=rank, nnz=nnz))
+    return found
+
+
+def sizes_for(problem: LayerProblem, removed_ratio: float) -> tuple[int, int] | None:
+    """The rank k and the number of non-zeros of X that a removed ratio leaves; None if there is no room for both.
+
+    The low-rank part takes a tenth of the layer's original values, k·(in + out) = in·out / 10, less where little is
+    removed (half of that much) or little is kept (a quarter).
+    """
+    budget = keep_ratio_budget(problem, removed_ratio)
+    values, features = problem.weight.numel(), problem.in_features + problem.out_features
+    rank = int(min(LARGEST_SHARE * values, removed_ratio / 2 * values, budget / 4) / features)
+    count = int(budget) - rank * features
+    return (rank, count) if rank > 0 and count > 0 else None
+
+
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+    scaled = scale_problem(problem.tempered)
+    deflated = Deflated(scaled, option.rank, BUILT)
+    rest, mask, coefficients = deflated.decompose(option.nnz - problem.out_features * option.rank)
+    rest, coefficients = scaled.unscale(rest), coefficients.double() / scaled.row_scale[:, None]
+    lengths = _lengths(coefficients, rest)
+    dictionary = deflated.atoms.double() / scaled.column_scale * lengths[:, None]
+    mask = torch.cat([torch.ones_like(coefficients, dtype=torch.bool), mask], dim=1)
+    values, packed = bitmap.pack(torch.cat([coefficients / lengths, rest], dim=1), mask)
+    return {**as_state(dictionary=dictionary, weight=values), "mask": packed}
+
+
+def _lengths(coefficients: Tensor, rest: Tensor) -> Tensor:
+    """Of the atoms [k], such that no coefficient is larger than the largest entry of X in its row.
+
+    int8 values of a row share a scale, which should not be coarser for what an atom's length can take up.
+    """
+    largest = rest.abs().amax(dim=1, keepdim=True)
+    rows = largest.squeeze(1) > 0
+    if not rows.any():
+        return torch.ones_like(coefficients[0])
+    return positive((coefficients[rows].abs() / largest[rows]).amax(dim=0))

@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rocket
 from benchmarks.harness import write_results
-from rocket.forms.dictionary import sizes_for
+from rocket.factorization.sparse import keep_top
+from rocket.forms import dictionary, sparse_low_rank
 from rocket.kernels import bitmap, library, ops
 from rocket.models import target_layers
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
@@ -102,11 +103,13 @@ def random_layer(
     """A compressed layer of random values."""
     form, removed, precision = kind
     generator = torch.Generator().manual_seed(0)
-    columns, rank = in_features, 0
-    nnz = int((1 - removed) * out_features * in_features)
+    rank, nnz = 0, int((1 - removed) * out_features * in_features)
     if form == "dictionary":
-        rank, support = sizes_for(out_features, in_features, removed, RANK_SUPPORT_RATIO)
-        columns, nnz = rank, support * out_features
+        rank, support = dictionary.sizes_for(out_features, in_features, removed, RANK_SUPPORT_RATIO)
+        nnz = support * out_features
+    elif form == "sparse_low_rank":
+        rank, count = sparse_low_rank.sizes_for(out_features, in_features, removed) or (0, 0)
+        nnz = rank * out_features + count
     spec = LayerSpec(form, in_features, out_features, rank, 0 if form == "dense" else nnz, input_group, precision)
     with torch.device("meta"):
         layer = empty_layer(spec, bias=False)
@@ -120,9 +123,10 @@ def random_layer(
             state[name] = (values * 32).clamp(-127, 127).to(torch.int8)
             state[f"{name}_scale"] = torch.full((out_features if name == "weight" else rank,), 0.08, dtype=dtype)
     if form != "dense":
-        keep = torch.zeros(out_features * columns, dtype=torch.bool)
-        keep[torch.randperm(keep.numel(), generator=generator)[:nnz]] = True
-        state["mask"] = bitmap.pack_mask(keep.view(out_features, columns))
+        scores = torch.rand(out_features, spec.columns, generator=generator)
+        if form == "sparse_low_rank":
+            scores[:, :rank] = 2.0  # every output uses all atoms
+        state["mask"] = bitmap.pack_mask(keep_top(scores, nnz))
     layer.load_state_dict(state, assign=True)
     layer.use_kernels()
     return layer.requires_grad_(False)
@@ -350,7 +354,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="*", default=["1536x576", "8192x2048"], help=f"shapes, as {' '.join(LAYERS)}")
     parser.add_argument("--models", nargs="*", default=["smollm2-135m"], choices=list(MODELS))
-    parser.add_argument("--forms", nargs="+", default=["sparse", "dictionary"], choices=["sparse", "dictionary"])
+    forms = ["sparse", "dictionary", "sparse_low_rank"]
+    parser.add_argument("--forms", nargs="+", default=forms, choices=forms)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--precisions", nargs="+", default=["float"], choices=get_args(Precision), help="of values")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32", "float16"])

@@ -19,7 +19,7 @@ from rocket.factorization.problem import LayerProblem
 from rocket.factorization.sparse import scale_problem
 from rocket.factorization.sparse_low_rank import Deflated
 from rocket.forms import sparse
-from rocket.forms.base import Option, as_state, keep_ratio_budget, padded_bits
+from rocket.forms.base import Option, as_state, keep_share, padded_bits
 from rocket.forms.knots import interpolate, knots_for
 from rocket.kernels import bitmap
 
@@ -36,7 +36,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """One option a removed ratio, from `LEAST_REMOVED` on, that leaves room for an atom, of all non-zeros that fit."""
     sizes = {}
     for ratio in settings.removed_ratios:
-        if ratio >= LEAST_REMOVED and (size := sizes_for(problem, ratio)):
+        if ratio >= LEAST_REMOVED and (size := sizes_for(problem.out_features, problem.in_features, ratio)):
             sizes[ratio] = size
     if not sizes:
         return []
@@ -59,14 +59,14 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     return found
 
 
-def sizes_for(problem: LayerProblem, removed_ratio: float) -> tuple[int, int] | None:
+def sizes_for(out_features: int, in_features: int, removed_ratio: float) -> tuple[int, int] | None:
     """The rank k and the number of non-zeros of X that a removed ratio leaves; None if there is no room for both.
 
     The low-rank part takes a tenth of the layer's original values, k·(in + out) = in·out / 10, less where little is
     removed (half of that much) or little is kept (a quarter).
     """
-    budget = keep_ratio_budget(problem, removed_ratio)
-    values, features = problem.weight.numel(), problem.in_features + problem.out_features
+    values, features = out_features * in_features, in_features + out_features
+    budget = keep_share(removed_ratio, values)
     rank = int(min(LARGEST_SHARE * values, removed_ratio / 2 * values, budget / 4) / features)
     count = int(budget) - rank * features
     return (rank, count) if rank > 0 and count > 0 else None

@@ -59,7 +59,7 @@ HOSTILE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 10**30, 1.5, math.nan, math.inf, -math.inf, 1e308, -0.0),
     *("", "..", "../../etc/passwd", "/dev/zero", "a\0b", "\ud800", "x" * 10_000, "a." * 3000, "re:(", "1e999", "nan"),
     *([], {}, [[]], {"a": {}}, [0] * 1000, {"": 0}, [None], {"a": [1, {"b": math.nan}]}),
-    *("float16", "sparse", "dense", "dictionary", "low_rank", "F64", "I64", "BOOL"),
+    *("float16", "sparse", "dense", "dictionary", "low_rank", "sparse_low_rank", "F64", "I64", "BOOL"),
 )
 
 Mutable = dict[Any, Any] | list[Any]
@@ -127,11 +127,15 @@ class Specimens:
         self.model = tiny.make_model()
         self.tokens = torch.randint(1, 257, (8, 16), generator=torch.Generator().manual_seed(0))
         self.profiling = ProfilingConfig(
-            removed_ratios=[0.3, 0.5], rank_support_ratios=[1.5], precisions=["float", "int8"]
+            forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+            removed_ratios=[0.3, 0.5],
+            rank_support_ratios=[1.5],
+            precisions=["float", "int8"],
         )
         calib = CalibConfig(num_samples=8, seq_len=16, batch_size=8, sensitivity_samples=2)
         self.planner = rocket.plan(self.model, self.tokens, calib=calib, profiling=self.profiling)
-        turns = cycle(["low_rank", "dictionary", "sparse", "dense", "sparse int8", "dense int8", "dictionary int8"])
+        floats = ["low_rank", "dictionary", "sparse", "sparse_low_rank", "dense"]
+        turns = cycle([*floats, "sparse int8", "dense int8", "dictionary int8", "sparse_low_rank int8"])
         choices = {
             profile.layer: next(option for option in profile.options[::-1] if option.label == form)
             for profile, form in zip(self.planner.profiles, turns, strict=False)

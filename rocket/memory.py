@@ -50,8 +50,8 @@ UNITS = 1e9
 REMEDIES = {
     "gather activations": "lower calib.batch_size or calib.seq_len",
     "measure sensitivities": "lower calib.sensitivity_samples or calib.seq_len",
-    "profile layers": "name fewer of profiling.forms: sparse takes most, low_rank least",
-    "compress": "name fewer of profiling.forms: sparse takes most, low_rank least",
+    "profile layers": "set profiling.forms=[low_rank, dictionary], which take less than sparse forms",
+    "compress": "set profiling.forms=[low_rank, dictionary], which take less than sparse forms",
     "evaluate": "lower evaluation.batch_size or evaluation.seq_len",
 }
 MOUNTED, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

@@ -288,7 +288,7 @@ def test_the_documented_budget_of_a_large_model_can_be_kept(tmp_path, monkeypatc
     memory = estimate_memory(load_config(root / "rocket/config/default.yaml", changes))
     assert memory.streams
     memory.check()
-    with pytest.raises(RocketError, match=r"'profile layers' needs about .*; allow more, or name fewer"):
+    with pytest.raises(RocketError, match=r"'profile layers' needs about .*; allow more, or set profiling.forms"):
         replace(memory, available=memory.available // 2).check()
     changes += ["profiling.forms=[low_rank, dictionary]", "memory_budget=6GB"]  # the other documented one
     estimate_memory(load_config(root / "rocket/config/default.yaml", changes)).check()

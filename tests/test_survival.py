@@ -216,18 +216,22 @@ def test_degenerate_layers(tmp_path, change, tokens, config, cost):
     with torch.no_grad():
         change(model)
     ids = torch.randint(1, 257, (tokens // 8, 8), generator=torch.Generator().manual_seed(0))
+    forms = ["low_rank", "dictionary", "sparse", "sparse_low_rank"]
     planner = rocket.plan(
         model,
         ids,
         calib=CalibConfig(num_samples=len(ids), seq_len=8, sensitivity_samples=min(len(ids), 4)),
-        profiling=ProfilingConfig(removed_ratios=[0.2, 0.5], rank_support_ratios=[1.0, 2.0], cost=cost),
+        profiling=ProfilingConfig(forms=forms, removed_ratios=[0.2, 0.5], rank_support_ratios=[1.0, 2.0], cost=cost),
     )
-    for form in ("low_rank", "dictionary", "sparse"):
+    for form in forms:
         plan = planner.at(removed_ratio=0.1)
         choices = {
             profile.layer: next((o for o in profile.options[::-1] if o.form == form), profile.options[0])
             for profile in planner.profiles
         }
+        if form == "sparse_low_rank" and all(option.is_original for option in choices.values()):
+            assert config  # where layers are so small that there is no room for an atom
+            continue
         small = rocket.compress(model, type(plan)(**{**vars(plan), "choices": choices}))
         assert all(parameter.isfinite().all() for parameter in small.parameters())
         small.save_pretrained(tmp_path / form)

@@ -170,7 +170,8 @@ class ProfilingConfig(Section):
 
     forms: list[str] = Field(
         default_factory=lambda: ["sparse", "sparse_low_rank"],
-        description="What a layer may become, beside staying dense: low_rank, dictionary, sparse, sparse_low_rank.",
+        description="What a layer may become, beside staying dense: low_rank, dictionary (the paper's), sparse, "
+        "sparse_low_rank.",
     )
     precisions: Annotated[list[Literal["float", "int8"]], Field(min_length=1), AfterValidator(unique_names)] = Field(
         default=["float"],
@@ -194,18 +195,20 @@ class ProfilingConfig(Section):
         AfterValidator(unique_ascending),
     ] = Field(
         default_factory=lambda: [1.5, 2.0, 3.0],
-        description="Ratios rank/support that are searched for dictionaries.",
+        description="Ratios rank/support that are searched for dictionaries; no other form has one.",
     )
     importance_exponent: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.0, description="λ of a dictionary's importance: 0 whitened space alone, 1 weight space alone, 0.5 the paper."
     )
     thresholds: Literal["column", "matrix"] = Field(
         "matrix",
-        description="Coefficients of a dictionary are kept by a threshold for each column (the paper: every output has "
-        "as many) or for the whole matrix.",
+        description="Of dictionaries alone: coefficients are kept by a threshold for each column (the paper: every "
+        "output has as many) or for the whole matrix.",
     )
     refits: Annotated[int, Field(ge=0, le=1000)] = Field(
-        3, description="Rounds of finding coefficients and dictionary anew from each other. 0: the paper's one shot."
+        3,
+        description="Of dictionaries alone: rounds of finding coefficients and dictionary anew from each other. 0: the "
+        "paper's one shot.",
     )
     correlation_shrinkage: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.2,

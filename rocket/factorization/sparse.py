@@ -19,6 +19,7 @@ from rocket.factorization.problem import LayerProblem
 PENALTIES = (0.3, 0.36, 0.432, 0.5184, 0.62208)
 ITERATIONS_A_PENALTY = 3
 FIT_ITERATIONS = 5
+FLAT = 1e-4
 SAMPLE_STRIDE = 17
 SMALL = 100_000
 DAMPING = 1e-3
@@ -55,6 +56,11 @@ class ScaledProblem:
     @cached_property
     def quadratic(self) -> Quadratic:
         return Quadratic(self.weight @ self.gram, self.gram)
+
+    @cached_property
+    def inverses(self) -> dict[float, Tensor]:
+        """What searches with this Gram matrix share (`SupportSearch`)."""
+        return {}
 
     def sparsify(self, count: int) -> tuple[Tensor, Tensor]:
         """X [out, in] with ``count`` non-zeros and a small error, and its mask."""
@@ -103,19 +109,20 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores)
 
 
-class Quadratic:
-    """½ tr(X N Xᵀ) - tr(X Bᵀ): ``linear`` is B [rows, n], ``gram`` is N [n, n].
+class SupportSearch:
+    """Which entries of X [rows, n] to keep, and their values, for a quadratic error with ``gram`` N [n, n].
 
-    The inverses that ADMM needs depend on neither the number of non-zeros nor the start, and are kept; of a matrix
-    beyond `KEPT_INVERSES`, only the last one. ``penalties`` are those of ADMM, ρ, one an iteration.
+    What the error is, the subclasses say: `Quadratic`, and `sparse_low_rank.Deflated`. ``inverses`` keeps what ADMM
+    needs, (N + ρI)⁻¹ by ρ; it depends on neither the number of non-zeros nor the start, so searches with one N can
+    share it. Of a matrix beyond `KEPT_INVERSES` only the last one is kept. ``penalties`` are those of ADMM, ρ, one an
+    iteration.
     """
 
     penalties: Sequence[float] = tuple(penalty for penalty in PENALTIES for _ in range(ITERATIONS_A_PENALTY))
 
-    def __init__(self, linear: Tensor, gram: Tensor) -> None:
-        self.linear = linear
+    def __init__(self, gram: Tensor, inverses: dict[float, Tensor] | None = None) -> None:
         self.gram = gram
-        self._inverses: dict[float, Tensor] = {}
+        self._inverses = {} if inverses is None else inverses
 
     def damped_inverse(self, penalty: float) -> Tensor:
         """(N + ρI)⁻¹ [n, n]."""
@@ -130,19 +137,19 @@ class Quadratic:
         return self._inverses[penalty]
 
     def times_gram(self, matrix: Tensor) -> Tensor:
+        """X N for X [rows, n], with the N of the error."""
         return matrix @ self.gram
 
     def slope(self, solution: Tensor) -> Tensor:
-        """B - X N, down which the quadratic falls from X."""
-        return self.linear - self.times_gram(solution)
+        """Minus the gradient of the error at X, halved: [rows, n]."""
+        raise NotImplementedError
 
     def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
-        """X that minimises the quadratic plus ρ/2 ‖X - D + V/ρ‖², for D and V [rows, n]."""
-        right = (penalty * kept).add_(self.linear).sub_(multiplier)
-        return torch.mm(right, self.damped_inverse(penalty))
+        """X that minimises the error, halved, plus ρ/2 ‖X - D + V/ρ‖², for D and V [rows, n]."""
+        raise NotImplementedError
 
     def adapt(self, kept: Tensor) -> None:
-        """Called with D after each iteration of ADMM but the last; here nothing depends on it."""
+        """Called with D after each iteration of ADMM but the last, for what follows the support."""
 
     def select_support(self, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
         """The ``count`` entries to keep, by ADMM on the constraint (as ALPS, arXiv 2406.07831).
@@ -178,7 +185,9 @@ class Quadratic:
         for _ in range(iterations):
             image = self.times_gram(direction).mul_(mask)
             curvature = (direction * image).sum(dim=1, keepdim=True)
-            step = energy / curvature.clamp(min=tiny)
+            # Where the error hardly bends, rounding decides the curvature, and there is nothing left to gain.
+            bends = curvature > FLAT * direction.square().sum(dim=1, keepdim=True)
+            step = torch.where(bends, energy / curvature.clamp(min=tiny), 0.0)
             solution.addcmul_(step, direction)
             residual = image.mul_(step).neg_().add_(residual)
             new_energy = residual.square().sum(dim=1, keepdim=True)
@@ -190,3 +199,18 @@ class Quadratic:
         """X [rows, n] with ``count`` non-zeros, and its mask: support by ADMM, then least squares on it."""
         mask, kept = self.select_support(count, start)
         return self.fit(mask, kept), mask
+
+
+class Quadratic(SupportSearch):
+    """½ tr(X N Xᵀ) - tr(X Bᵀ): ``linear`` is B [rows, n], ``gram`` is N [n, n]."""
+
+    def __init__(self, linear: Tensor, gram: Tensor) -> None:
+        super().__init__(gram)
+        self.linear = linear
+
+    def slope(self, solution: Tensor) -> Tensor:
+        return self.linear - self.times_gram(solution)
+
+    def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
+        right = (penalty * kept).add_(self.linear).sub_(multiplier)
+        return torch.mm(right, self.damped_inverse(penalty))

@@ -10,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rocket.factorization.sparse import Quadratic, ScaledProblem
+from rocket.factorization.basis import positive
+from rocket.factorization.sparse import ScaledProblem, SupportSearch
 
 PENALTIES = (0.2, 0.26, 0.34, 0.44, 0.57)
 OVERSHOOT = 1.5
 START_TURNS = 3
 LAST_TURNS = 2
-RIDGE = 1e-9
+RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 
 
-class Deflated(Quadratic):
+class Deflated(SupportSearch):
     """What X + A B leaves of a scaled weight T [out, in] at the best A [out, k], for atoms B [k, in] that adapt to X.
 
     With atoms orthonormal in N (B N Bᵀ = I) and U = N Bᵀ, the best A is (T - X) U, and the error that remains is
@@ -29,10 +30,9 @@ class Deflated(Quadratic):
     """
 
     def __init__(self, scaled: ScaledProblem, rank: int, repeats: int) -> None:
-        super().__init__(scaled.quadratic.linear, scaled.gram)
+        super().__init__(scaled.gram, scaled.inverses)
         self.penalties = [penalty for penalty in PENALTIES for _ in range(repeats)]
         self.target = scaled.weight
-        self._inverses = scaled.quadratic._inverses
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(rank, len(scaled.gram), generator=generator)
         self._set_atoms(start.to(self.target))
@@ -41,10 +41,16 @@ class Deflated(Quadratic):
 
     def _set_atoms(self, rows: Tensor) -> None:
         """Take the space of ``rows`` [k, in] for that of the atoms."""
+        rows = rows / positive(torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True))
         images = self.gram @ rows.T
         products = (rows @ images).double()
-        products.diagonal().add_(RIDGE * products.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        factor = torch.linalg.cholesky(products).float()
+        lengths = positive(products.diagonal()).sqrt()
+        products = products / lengths / lengths[:, None]
+        for ridge in RIDGES:  # rows may depend on each other: a weight of lower rank than there are atoms
+            factor, failed = torch.linalg.cholesky_ex(products + ridge * torch.eye(len(rows)).to(products))
+            if not failed:
+                break
+        factor = (factor * lengths[:, None]).float()
         self.atoms = torch.linalg.solve_triangular(factor, rows, upper=False)
         self.images = torch.linalg.solve_triangular(factor, images.T, upper=False).T  # U = N Bᵀ [in, k]
 
@@ -67,7 +73,7 @@ class Deflated(Quadratic):
         return self.times_gram(self.target - solution)
 
     def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
-        """As `Quadratic.relax`: X = T + (ρ (D - T) - V)(N' + ρI)⁻¹."""
+        """X = T + (ρ (D - T) - V)(N' + ρI)⁻¹."""
         inverse = self.damped_inverse(penalty)
         spread = inverse @ self.images
         inner = torch.eye(spread.shape[1]).to(spread) - self.images.T @ spread

@@ -73,9 +73,12 @@ def sizes_for(out_features: int, in_features: int, removed_ratio: float) -> tupl
 
 
 def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+    count = option.nnz - problem.out_features * option.rank
+    if not 0 <= count <= problem.weight.numel():
+        raise ValueError(f"nnz={option.nnz} with rank {option.rank} leaves {count} non-zeros beside the low-rank part")
     scaled = scale_problem(problem.tempered)
     deflated = Deflated(scaled, option.rank, BUILT)
-    rest, mask, coefficients = deflated.decompose(option.nnz - problem.out_features * option.rank)
+    rest, mask, coefficients = deflated.decompose(count)
     rest, coefficients = scaled.unscale(rest), coefficients.double() / scaled.row_scale[:, None]
     lengths = _lengths(coefficients, rest)
     dictionary = deflated.atoms.double() / scaled.column_scale * lengths[:, None]
@@ -92,5 +95,7 @@ def _lengths(coefficients: Tensor, rest: Tensor) -> Tensor:
     largest = rest.abs().amax(dim=1, keepdim=True)
     rows = largest.squeeze(1) > 0
     if not rows.any():
-        return torch.ones_like(coefficients[0])
-    return positive((coefficients[rows].abs() / largest[rows]).amax(dim=0))
+        return positive(coefficients.abs().amax(dim=0))
+    # Rows without an entry of X count as if they had the largest.
+    within = torch.where(largest > 0, largest, largest.max())
+    return positive((coefficients.abs() / within).amax(dim=0))

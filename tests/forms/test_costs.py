@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rocket.config.schema import ProfilingConfig
+from rocket.factorization.problem import LayerProblem
 from rocket.forms import FORMS
 from rocket.forms.knots import interpolate
 
@@ -89,6 +90,43 @@ def test_sparse_plus_low_rank_is_built_no_worse_than_priced(make_problem, dense_
         real = problem.evaluate(dense_weight(state, option.rank + problem.in_features))
         assert 0.5 * option.cost < real < 1.15 * option.cost
         assert option.parameters > 0.85 * problem.weight.numel() or real < twin.cost
+
+
+def degenerate(kind: str, size: int, generator: torch.Generator) -> torch.Tensor:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    match kind:
+        case "rank one":
+            return normal(size, 1) @ normal(1, size)
+        case "rank two":
+            return normal(size, 2) @ normal(2, size)
+        case "equal rows":
+            return normal(1, size).expand(size, size).contiguous()
+        case "constant rows":
+            return normal(size, 1).expand(size, size).contiguous()
+        case "few entries":
+            return normal(size, size) * (torch.rand(size, size, generator=generator) < 0.02)
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("kind", ["rank one", "rank two", "equal rows", "constant rows", "few entries"])
+@pytest.mark.parametrize("tokens", [None, 64, 512])
+def test_weights_of_lower_rank_than_there_are_atoms(dense_weight, kind, tokens):
+    """There the low-rank part alone is exact, and what is left for the sparse one is rounding."""
+    size = 192
+    generator = torch.Generator().manual_seed(0)
+    weight = degenerate(kind, size, generator)
+    inputs = torch.eye(size) * size**0.5 if tokens is None else torch.randn(tokens, size, generator=generator)
+    gram = inputs.T @ inputs / len(inputs)
+    problem = LayerProblem(weight, gram, torch.rand(size, generator=generator), "loss", 0.2)
+    settings = ProfilingConfig(removed_ratios=[0.1, 0.3, 0.5, 0.7])
+    whole = problem.evaluate(torch.zeros_like(weight))
+    for option in FORMS["sparse_low_rank"].options(problem, settings):
+        assert 0.0 <= option.cost < 1e-3 * whole
+        state = FORMS["sparse_low_rank"].build(problem, option, settings)
+        assert all(torch.isfinite(tensor).all() for tensor in state.values())
+        assert problem.evaluate(dense_weight(state, option.rank + size)) < 1e-3 * whole
 
 
 def test_interpolation_meets_its_knots():

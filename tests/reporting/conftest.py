@@ -55,7 +55,7 @@ def invent() -> Callable[..., Summary]:
         compressed: Evaluation | None = None,
     ) -> Summary:
         dense, half = Option("dense", 100, 0, 0.0), Option("sparse", 50, 640, 0.25, nnz=50)
-        profiling = ProfilingConfig(cost=cost)
+        profiling = ProfilingConfig(cost=cost, forms=["low_rank", "dictionary", "sparse"])
         profiles = [LayerProfile(name, name, 10, 10, cost, 0.0, (dense, half)) for name in layers]
         size = ModelSize(100 * len(layers), 1000, 2000, 2)
         choices = {name: half if number % 2 == 0 else dense for number, name in enumerate(layers)}

@@ -134,8 +134,8 @@ class Specimens:
         )
         calib = CalibConfig(num_samples=8, seq_len=16, batch_size=8, sensitivity_samples=2)
         self.planner = rocket.plan(self.model, self.tokens, calib=calib, profiling=self.profiling)
-        floats = ["low_rank", "dictionary", "sparse", "sparse_low_rank", "dense"]
-        turns = cycle([*floats, "sparse int8", "dense int8", "dictionary int8", "sparse_low_rank int8"])
+        attention = ["low_rank", "dictionary", "sparse", "dense int8"]
+        turns = cycle([*attention, "sparse_low_rank", "sparse_low_rank int8", "dictionary int8"])
         choices = {
             profile.layer: next(option for option in profile.options[::-1] if option.label == form)
             for profile, form in zip(self.planner.profiles, turns, strict=False)

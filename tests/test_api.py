@@ -18,6 +18,8 @@ def test_the_readmes_lines(make_model, byte_tokenizer, texts, quick_settings, tm
     small = rocket.compress(model, planner.at(removed_ratio=0.3))
     small.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for parameter in again.parameters():  # mapped from a file they lie anywhere, and products round by that
+        parameter.data = parameter.data.clone()
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, small(ids).logits)

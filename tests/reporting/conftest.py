@@ -29,7 +29,11 @@ def summary(tmp_path_factory, furnish) -> Summary:
         "output_dir": str(root / "run"),
         "model": {"path": str(root / "model"), "dtype": "float32", "device": "cpu"},
         "calib": {"source": str(root / "texts.txt"), "num_samples": 8, "seq_len": 32, "sensitivity_samples": 4},
-        "profiling": {"removed_ratios": [0.1, 0.3, 0.5, 0.7], "rank_support_ratios": [1.5, 2.0]},
+        "profiling": {
+            "forms": ["low_rank", "dictionary", "sparse"],
+            "removed_ratios": [0.1, 0.3, 0.5, 0.7],
+            "rank_support_ratios": [1.5, 2.0],
+        },
         "evaluation": {"texts": [str(root / "texts.txt")], "seq_len": 32, "max_tokens": 64},
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks.tables import pivot
 
 TITLES = {"embedded": "calibration domain, held out", "embedded:boolq": "another domain (Wikipedia)"}
-METHODS = ["svd-llm", "paper", "rocket-dictionary", "wanda", "sparsegpt", "rocket"]
+METHODS = ["svd-llm", "paper", "rocket-dictionary", "wanda", "sparsegpt", "rocket-sparse", "rocket"]
 Values = Mapping[tuple[str, str, float], Sequence[float]]
 
 

@@ -307,6 +307,7 @@ class FactorizedLinear(CompressedLinear):
 
     form = "dictionary"
     precisions = ("float", "int8")
+    beside_input = False
     mask: Tensor
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
@@ -319,43 +320,30 @@ class FactorizedLinear(CompressedLinear):
         inputs = self._cast(inputs)
         offsets = self.offsets
         if offsets is None or not self._by_kernels(inputs):
-            return F.linear(F.linear(inputs, self.matrix("dictionary")), self.matrix("weight"), self.bias)
+            return F.linear(self._coordinates(inputs, self.matrix("dictionary")), self.matrix("weight"), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
-            return macko.linear(self.macko, F.linear(inputs, self.dictionary), self.bias)
+            return macko.linear(self.macko, self._coordinates(inputs, self.dictionary), self.bias)
         matrices = self.dictionary, self.weight, self.mask, offsets
-        return ops.factor_linear(inputs, *matrices, self.bias, self.dictionary_scale, self.weight_scale)
+        scales = self.dictionary_scale, self.weight_scale
+        return ops.factor_linear(inputs, *matrices, self.bias, *scales, self.beside_input)
+
+    def _coordinates(self, inputs: Tensor, dictionary: Tensor) -> Tensor:
+        """What C multiplies: dictionary · x, and x itself where the form has it."""
+        hidden = F.linear(inputs, dictionary)
+        return torch.cat([hidden, inputs], dim=-1) if self.beside_input else hidden
 
     def dense_weight(self) -> Tensor:
         return self.matrix("weight") @ self.matrix("dictionary")
 
 
-class SparseLowRankLinear(CompressedLinear):
+class SparseLowRankLinear(FactorizedLinear):
     """W = C · [dictionary; I], with ``dictionary`` [rank, in] dense and C [out, rank + in] sparse.
 
-    C is ``weight`` and ``mask``: its first columns multiply the atoms, dense as a rule, the others the input itself.
+    The first columns of C multiply the atoms, and are full as a rule; the others multiply the input itself.
     """
 
     form = "sparse_low_rank"
-    precisions = ("float", "int8")
-    mask: Tensor
-
-    def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
-        super().__init__(spec, bias)
-        _check(0 < spec.rank <= min(spec.in_features, spec.out_features), spec, "rank")
-        self._store("dictionary", spec.rank, spec.rank, spec.in_features)
-        self._store_sparse(spec.columns)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        inputs = self._cast(inputs)
-        offsets = self.offsets
-        if offsets is None or not self._by_kernels(inputs):
-            both = torch.cat([F.linear(inputs, self.matrix("dictionary")), inputs], dim=-1)
-            return F.linear(both, self.matrix("weight"), self.bias)
-        if self.macko is not None and inputs.shape[:-1].numel() == 1:
-            both = torch.cat([F.linear(inputs, self.dictionary), inputs], dim=-1)
-            return macko.linear(self.macko, both, self.bias)
-        matrices = self.dictionary, self.weight, self.mask, offsets
-        return ops.factor_linear(inputs, *matrices, self.bias, self.dictionary_scale, self.weight_scale, True)
+    beside_input = True
 
     def dense_weight(self) -> Tensor:
         coefficients, rest = self.matrix("weight").split([self.spec.rank, self.in_features], dim=1)

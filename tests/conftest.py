@@ -178,6 +178,18 @@ def make_problem() -> Callable[..., LayerProblem]:
 
 
 @pytest.fixture(scope="session")
+def aligned() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Moves parameters to memory of torch's: mapped from a file they lie anywhere, and products round by where."""
+
+    def move(model: PreTrainedModel) -> PreTrainedModel:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
+
+    return move
+
+
+@pytest.fixture(scope="session")
 def dense_weight() -> Callable[[dict[str, Tensor], int], Tensor]:
     """Multiplies a form's state out into W [out, in], by the format's definition alone."""
 

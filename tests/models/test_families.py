@@ -94,7 +94,7 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family, token_ids, tmp_path):
+def test_family(aligned, family, token_ids, tmp_path):
     torch.manual_seed(0)
     if family not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
@@ -112,7 +112,7 @@ def test_family(family, token_ids, tmp_path):
     small = rocket.compress(model, plan)
     save_checkpoint(small, None, tmp_path)
     assert stored_values(tmp_path, plan.choices) == plan.kept_target_parameters
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = aligned(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert torch.equal(logits(again, token_ids[:2]), logits(small, token_ids[:2]))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     generated = again.generate(token_ids[:1, :8], **options)

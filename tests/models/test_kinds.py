@@ -286,7 +286,7 @@ def outputs(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family(name, tmp_path):
+def test_family(aligned, name, tmp_path):
     family = FAMILIES[name]
     model = build(family)
     batches = [family.batch(seed) for seed in range(4)]
@@ -302,7 +302,7 @@ def test_family(name, tmp_path):
 
     auto = auto_class(AutoConfig.from_pretrained(tmp_path))
     assert auto.__name__ == family.auto
-    again = auto.from_pretrained(tmp_path)
+    again = aligned(auto.from_pretrained(tmp_path))
     assert type(again) is type(model)
     batch = family.batch(10)
     expected = outputs(small, batch)

@@ -58,13 +58,6 @@ def damaged(saved, tmp_path) -> Path:
     return tmp_path
 
 
-def aligned(model):
-    """Its parameters moved to memory of torch's: mapped from a file they lie anywhere, and products round by that."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
 def logits(model, token_ids) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=token_ids[:3]).logits
@@ -84,7 +77,7 @@ def logits(model, token_ids) -> torch.Tensor:
         ("gpt_oss", None),
     ],
 )
-def test_reload_is_bit_equal(compress_tiny, token_ids, tmp_path, family, form, dtype):
+def test_reload_is_bit_equal(compress_tiny, token_ids, tmp_path, aligned, family, form, dtype):
     model = compress_tiny(family, form, dtype)
     compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     assert compressed

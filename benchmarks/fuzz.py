@@ -45,6 +45,7 @@ from benchmarks.harness import write_results
 from rocket.allocation import Plan, Planner
 from rocket.config import Config, RocketError, dump_config, load_config
 from rocket.config.schema import CalibConfig, ModelConfig, ProfilingConfig
+from rocket.forms import FORMS
 from rocket.models import open_checkpoint
 from rocket.pipeline import run_pipeline
 from rocket.profiling import LayerProfile
@@ -124,18 +125,19 @@ class Specimens:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = tiny.make_model()
+        self.model = tiny.make_model(layers=2)
         self.tokens = torch.randint(1, 257, (8, 16), generator=torch.Generator().manual_seed(0))
         self.profiling = ProfilingConfig(
-            forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+            forms=list(FORMS),
             removed_ratios=[0.3, 0.5],
             rank_support_ratios=[1.5],
             precisions=["float", "int8"],
         )
         calib = CalibConfig(num_samples=8, seq_len=16, batch_size=8, sensitivity_samples=2)
         self.planner = rocket.plan(self.model, self.tokens, calib=calib, profiling=self.profiling)
-        attention = ["low_rank", "dictionary", "sparse", "dense int8"]
-        turns = cycle([*attention, "sparse_low_rank", "sparse_low_rank int8", "dictionary int8"])
+        attention = ["low_rank", "dictionary", "sparse", "dense"]
+        first, second = ["sparse int8", "dense int8"], ["sparse_low_rank", "sparse_low_rank int8"]
+        turns = cycle([*attention, *first, "dictionary int8", *attention, *second, "dictionary int8"])
         choices = {
             profile.layer: next(option for option in profile.options[::-1] if option.label == form)
             for profile, form in zip(self.planner.profiles, turns, strict=False)

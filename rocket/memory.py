@@ -38,7 +38,8 @@ FORMS_HOLD = {
     "sparse": ((4.5, 12.0), (4.5, 9.0)),
     "sparse_low_rank": ((5.0, 12.0), (5.0, 10.0)),
 }
-INVERSES = 4.0  # squares more for the forms with a sparse matrix of the inputs, where several inverses are kept
+KEEP_INVERSES = ("sparse", "sparse_low_rank")
+INVERSES = 4.0  # squares more for these forms, where several inverses are kept
 INT8_HOLDS = 6.0  # rectangles more, while rounding to int8 is measured: a layer's values three times in float64
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
@@ -227,13 +228,14 @@ def _gram_bytes(features: Sequence[int]) -> float:
 def _layer_bytes(out_features: int, in_features: int, settings: ProfilingConfig) -> float:
     square, rectangle = 4 * in_features * in_features, 4 * in_features * out_features
     is_wide = in_features > out_features
-    held = [FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[is_wide] for form in ("dense", *settings.forms)]
-    if in_features <= KEPT_INVERSES:
-        for form in {"sparse", "sparse_low_rank"}.intersection(settings.forms):
-            squares, rectangles = FORMS_HOLD[form][is_wide]
-            held.append((squares + INVERSES, rectangles))
     rounding = INT8_HOLDS if "int8" in settings.precisions else 0.0
-    return max(squares * square + (rectangles + rounding) * rectangle for squares, rectangles in held)
+    most = 0.0
+    for form in ("dense", *settings.forms):
+        squares, rectangles = FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[is_wide]
+        if form in KEEP_INVERSES and in_features <= KEPT_INVERSES:
+            squares += INVERSES
+        most = max(most, squares * square + (rectangles + rounding) * rectangle)
+    return most
 
 
 def _bytes(module: nn.Module) -> int:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from benchmarks.tiny import make_tokenizer
 from rocket.config.schema import CalibConfig, ModelConfig, ProfilingConfig
 from rocket.factorization.problem import LayerProblem
+from rocket.forms import FORMS
 
 VOCABULARY = 257
 WORDS = "the a river winds past old stone houses while nobody watches but two grey herons and one cold rain".split()  # noqa: SIM905
@@ -117,7 +118,7 @@ def furnish(make_model, byte_tokenizer, texts) -> Callable[[Path], None]:
 
 QUICK_CALIB = CalibConfig(num_samples=16, seq_len=32, batch_size=4, sensitivity_samples=4)
 QUICK_PROFILING = ProfilingConfig(
-    forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+    forms=list(FORMS),
     removed_ratios=[0.1, 0.2, 0.3, 0.5, 0.7],
     rank_support_ratios=[1.0, 1.5, 2.0, 2.5],
 )

@@ -52,8 +52,9 @@ def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, dtyp
     In float64; or, of an int8 option, int8 with scales of type ``dtype``.
     """
     state = FORMS[option.form].build(problem, option, settings)
-    columns = option.spec(problem.in_features, problem.out_features, "").columns
-    return quantize_state(state, columns, dtype) if option.scales else state
+    if not option.scales:
+        return state
+    return quantize_state(state, option.spec(problem.in_features, problem.out_features, "").columns, dtype)
 
 
 __all__ = ["FORMS", "Form", "Option", "build", "options_of", "select_forms"]

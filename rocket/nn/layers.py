@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rocket.kernels import bitmap, int8, macko, operands, ops
+from rocket.kernels import bitmap, int8, macko, ops
+from rocket.nn.eligibility import has_autocast, kernels_apply
 
 if TYPE_CHECKING:
     from rocket.nn.fuse import SharedInput
@@ -40,7 +41,7 @@ class LayerSpec:
     @property
     def columns(self) -> int:
         """Of the matrix ``weight``: one an input, one a learned atom, or both."""
-        if self.form == "sparse_low_rank":
+        if LAYERS[self.form].beside_input:
             return self.rank + self.in_features
         return self.rank or self.in_features
 
@@ -67,7 +68,8 @@ class CompressedLinear(nn.Module):
     """y = W x + b with W [out, in] in a compressed form.
 
     ``dictionary`` [rank, in] and ``weight`` are the matrices that make up W, those of the form; ``mask`` is there where
-    ``weight`` is sparse, with ``mask_columns`` columns that are not padding. With the precision int8 their values are
+    ``weight`` is sparse, with ``mask_columns`` columns that are not padding. With ``beside_input`` its last columns
+    multiply the input itself. With the precision int8 their values are
     that, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] lie beside them; none of these takes a gradient
     (`rocket heal` trains what they stand for). ``precisions`` are those that the form can have. ``uses_kernels`` tells
     whether products go through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took.
@@ -77,6 +79,7 @@ class CompressedLinear(nn.Module):
     form: str
     precisions: tuple[Precision, ...] = ("float",)
     mask_columns: int = 0
+    beside_input: bool = False
     uses_kernels: bool = False
     replaces: type[nn.Module] = nn.Linear
     macko: macko.Packed | None = None
@@ -307,7 +310,6 @@ class FactorizedLinear(CompressedLinear):
 
     form = "dictionary"
     precisions = ("float", "int8")
-    beside_input = False
     mask: Tensor
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
@@ -363,41 +365,6 @@ def empty_layer(spec: LayerSpec, bias: bool) -> CompressedLinear:
     if spec.form not in LAYERS:
         raise ValueError(f"unknown layer form {spec.form!r:.80}; this version knows {', '.join(LAYERS)}")
     return LAYERS[spec.form](spec, bias)
-
-
-def kernels_apply(layer: nn.Module, inputs: Tensor) -> bool:
-    """Whether kernels can stand in for torch in a layer.
-
-    Not for gradients, under autocast or in a transform, nor where its tensors are not its own plain ones (`why_odd`).
-    """
-    if why_odd(layer) is not None:
-        return False
-    if torch.is_grad_enabled():
-        parameters = [parameter for parameter in layer._parameters.values() if parameter is not None]
-        if any(tensor.requires_grad for tensor in (inputs, *parameters)):
-            return False
-    if torch._C._is_any_autocast_enabled() and has_autocast(inputs.device.type):  # the first is much faster
-        return False
-    return torch.compiler.is_compiling() or not ops.is_transformed()
-
-
-def why_odd(layer: nn.Module) -> str | None:
-    """Why kernels cannot multiply by what a layer has, wherever it is; None if they can.
-
-    What is no parameter of the layer (parametrized, pruned, in a replica of DataParallel) may have a gradient that is
-    not seen here.
-    """
-    if "weight" not in layer._parameters or "parametrizations" in layer._modules:
-        return "its weight is made of other tensors"
-    for name, parameter in layer._parameters.items():
-        if parameter is not None and not operands.is_plain(parameter):
-            return f"its {name} is {operands.why_not_plain(parameter)}"
-    return None
-
-
-def has_autocast(device: str) -> bool:
-    """Whether autocast is on for a type of device; on ``meta`` there is none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _check(valid: bool, spec: LayerSpec, field: str) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rocket.kernels import library, macko, ops
+from rocket.nn.eligibility import kernels_apply, why_odd
 from rocket.nn.fuse import share_inputs
-from rocket.nn.layers import CompressedLinear, SparseLinear, kernels_apply, why_odd
+from rocket.nn.layers import CompressedLinear, SparseLinear
 
 Backend = Literal["auto", "trivial", "macko"]
 Model = TypeVar("Model", bound=nn.Module)

@@ -46,7 +46,7 @@ def check_sources(session: Session) -> None:
     check_tasks(evaluation.tasks)
     _check_splits(session)
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
-    if not reads_samples(session, session.config.calib.source):
+    if not reads_samples(session, calib.source):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
     for key, length in lengths.items():
         _check_length(model, key, length)
@@ -83,7 +83,7 @@ def calibration_batches(session: Session) -> Callable[[int | None, int], Sequenc
     """(the first so many samples, how many a batch) -> batches."""
     model, processor = session.loaded
     config = session.config.calib
-    if not reads_samples(session, session.config.calib.source):
+    if not reads_samples(session, config.source):
         tokens = calibration_tokens(session)
         return lambda count, size: token_batches(model, tokens[:count], size)
     samples = load_samples(config.source, "calibration", config.num_samples, config.seed)

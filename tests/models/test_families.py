@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 import rocket
 from rocket.compression import save_checkpoint, stored_values
 from rocket.config.schema import CalibConfig, ProfilingConfig
+from rocket.forms import FORMS
 from rocket.models import find_blocks, target_layers, unstacked_experts
 
 SMALL = {
@@ -82,7 +83,7 @@ MIXTURES = {family for family, values in FAMILIES.items() if any("experts" in ke
 EXPERT = re.compile(r"\.(mlp|feed_forward|block_sparse_moe)\..*(\.\d+$|experts\.\d+)")
 CALIB = CalibConfig(num_samples=16, seq_len=32, batch_size=4, sensitivity_samples=4)
 PROFILING = ProfilingConfig(
-    forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+    forms=list(FORMS),
     removed_ratios=[0.1, 0.3, 0.5, 0.7],
     rank_support_ratios=[1.0, 1.5, 2.0],
 )

@@ -16,12 +16,13 @@ from transformers import AutoConfig
 import rocket
 from rocket.compression import save_checkpoint, stored_values
 from rocket.config.schema import CalibConfig, ProfilingConfig
+from rocket.forms import FORMS
 from rocket.models import auto_class, forward_arguments, run_forward, target_layers, unstacked_experts
 
 VOCABULARY, WIDTH, LENGTH = 97, 32, 16
 CALIB = CalibConfig(num_samples=16, batch_size=4, sensitivity_samples=8)
 PROFILING = ProfilingConfig(
-    forms=["low_rank", "dictionary", "sparse", "sparse_low_rank"],
+    forms=list(FORMS),
     removed_ratios=[0.1, 0.3, 0.5, 0.7],
     rank_support_ratios=[1.0, 2.0],
 )

@@ -13,8 +13,8 @@ from torch import Tensor
 from rocket.factorization.basis import positive
 from rocket.factorization.sparse import ScaledProblem, SupportSearch
 
-PENALTIES = (0.2, 0.26, 0.34, 0.44, 0.57)
-OVERSHOOT = 1.5
+PENALTIES = (0.15, 0.21, 0.29, 0.41, 0.57)
+OVERSHOOT = 1.9
 START_TURNS = 3
 LAST_TURNS = 2
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)

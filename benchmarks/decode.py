@@ -39,7 +39,7 @@ from rocket.kernels import bitmap, library, ops
 from rocket.models import target_layers
 from rocket.nn import CompressedLinear, LayerSpec, attach_quantizer, replace_module
 from rocket.nn.fuse import SharedInput
-from rocket.nn.layers import Precision, SparseLinear, empty_layer
+from rocket.nn.layers import PackedLinear, Precision, empty_layer
 
 LAYERS = ["576x1536", "1536x576", "2048x2048", "2048x8192", "8192x2048", "4096x14336"]
 RANK_SUPPORT_RATIO = 2.0
@@ -182,7 +182,7 @@ def layer_row(shape: str, dtype: torch.dtype, batch: int, kind: Kind, rounds: in
     weights = [torch.randn(out_features, in_features).mul_(0.02).to(dtype) for _ in range(count)]
     layers = [layer, *(_copy(layer) for _ in range(count - 1))]
     for copy in layers:
-        if isinstance(copy, SparseLinear):
+        if isinstance(copy, PackedLinear):
             SharedInput([copy])  # its product prepared, as in an optimized model
     packed = [torch.ops.mkldnn._reorder_linear_weight(weight, batch) for weight in weights]
     contenders: dict[str, Callable[[], object]] = {

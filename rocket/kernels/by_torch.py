@@ -5,6 +5,8 @@ A product made of others goes through the ops, each by the best there is for it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,14 +28,28 @@ def sparse_linear(
     return F.linear(x, expand(values, mask, offsets, cols, scale), bias)
 
 
-def sparse_linears(
-    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
+def packed_linears(
+    x: Tensor,
+    values: Tensors,
+    scales: Optionals,
+    masks: Tensors,
+    offsets: Tensors,
+    biases: Optionals,
+    dictionaries: Optionals,
+    dictionary_scales: Optionals,
+    columns: Sequence[int],
 ) -> list[Tensor]:
-    parts = zip(values, masks, offsets, biases, scales, strict=True)
-    return [
-        torch.ops.rocket.sparse_linear(x, value, mask, starts, cols, bias, scale)
-        for value, mask, starts, bias, scale in parts
-    ]
+    outputs = []
+    parts = zip(values, scales, masks, offsets, biases, dictionaries, dictionary_scales, columns, strict=True)
+    for value, scale, mask, starts, bias, dictionary, dictionary_scale, cols in parts:
+        operands.check_columns(dictionary, dictionary_scale, cols, x.shape[-1])
+        if dictionary is None:
+            output = torch.ops.rocket.sparse_linear(x, value, mask, starts, cols, bias, scale)
+        else:
+            factors = dictionary, value, mask, starts, bias, dictionary_scale, scale
+            output = torch.ops.rocket.factor_linear(x, *factors, cols != len(dictionary))
+        outputs.append(output)
+    return outputs
 
 
 def factor_linear(

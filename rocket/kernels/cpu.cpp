@@ -279,25 +279,22 @@ static void barrier() {
 #endif
 }
 
-// All the products by one x [batch, cols], with values of the type of x or all of them int8.
-static int linears(int path, int type, bool int8, int threads, std::vector<Product>& products, const void* x,
-                   int64_t batch, int64_t cols) {
-    if (batch == 0) return OK;
-    const Kernels kernels = kernels_of(path, type, int8, batch);
-    const int64_t item = int8 ? 1 : size_of(type);
-    const Operands operands(kernels, batch, cols, size_of(type));
-    const Scratch scratch(operands.as_is ? 0 : operands.bytes);
-    const Tails tails(products, item);
-    if (scratch.failed() || tails.failed()) return NO_MEMORY;
-    if (scratch.data()) kernels.prepare(x, cols, batch, cols, scratch.data(), operands.rows, operands.stride);
-    for (Product& p : products) {
-        p.x = operands.as_is ? x : scratch.data();
-        p.x_stride = operands.stride;
+// x [batch, cols] as operands: x itself, or a copy.
+class Prepared {
+public:
+    Prepared(const Kernels& kernels, const void* x, int64_t batch, int64_t cols, int64_t item)
+        : shape_(kernels, batch, cols, item), copy_(shape_.as_is ? 0 : shape_.bytes), x_(shape_.as_is ? x : copy_.data()) {
+        if (copy_.data()) kernels.prepare(x, cols, batch, cols, copy_.data(), shape_.rows, shape_.stride);
     }
-    const Shares shares(products.data(), products.size(), item);
-    parallel(shares.threads(threads), [&](int id, int count) { shares.each(id, count, kernels.rows); });
-    return OK;
-}
+    bool failed() const { return copy_.failed(); }
+    const void* x() const { return x_; }
+    int64_t stride() const { return shape_.stride; }
+
+private:
+    Operands shape_;
+    Scratch copy_;
+    const void* x_;
+};
 
 }  // namespace rocket
 
@@ -312,83 +309,110 @@ EXPORT int rocket_paths() { return AVAILABLE; }
 EXPORT int rocket_dense_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
                                const void* weight, const void* scale, int64_t rows, const void* bias, void* y) {
     if (bad(path, type)) return BAD_REQUEST;
-    std::vector<Product> products{
-        {weight, scale, type, nullptr, nullptr, rows, cols, nullptr, 0, batch, bias, y, rows}};
-    return linears(path, type, scale, threads, products, x, batch, cols);
+    if (batch == 0) return OK;
+    const Kernels kernels = kernels_of(path, type, scale, batch);
+    const Prepared outer(kernels, x, batch, cols, size_of(type));
+    if (outer.failed()) return NO_MEMORY;
+    const Product product{weight,    scale,          type,  nullptr, nullptr, rows, cols,
+                          outer.x(), outer.stride(), batch, bias,    y,       rows};
+    const Shares shares(&product, 1, scale ? 1 : size_of(type));
+    parallel(shares.threads(threads), [&](int id, int count) { shares.each(id, count, kernels.rows); });
+    return OK;
 }
 
-// y [batch, rows] = x [batch, cols] Sᵀ + bias; bias and scale may be null. `nnz` values exist; `offsets` [rows + 1] may
-// be part of those of a larger matrix.
-struct SparsePart {  // eight bytes a field: library.py writes it as such
+// A matrix that x [batch, in] is multiplied by: S [rows, cols], sparse, or S D with a dictionary D [rank, in], or
+// S [D; I], which multiplies x Dᵀ with x beside it. `nnz` values exist. scale and bias may be null.
+struct Part {  // eight bytes a field: library.py writes it as such
     const void *values, *scale;
     const uint8_t* mask;
     const int64_t* offsets;
-    int64_t nnz, rows;
+    int64_t nnz, rows, cols;  // cols is in, rank, or rank + in
     const void* bias;
-    void* y;
+    const void *dictionary, *dictionary_scale;
+    int64_t rank;  // -1 where there is no dictionary
+    void* y;       // [batch, rows]
 };
-static_assert(sizeof(SparsePart) == 8 * sizeof(int64_t), "library.py packs fields of eight bytes");
+static_assert(sizeof(Part) == 12 * sizeof(int64_t), "library.py packs fields of eight bytes");
 
-// The products of one x by `number` matrices, as if they were one: all have a scale, or none has.
-EXPORT int rocket_sparse_linears(int path, int type, int threads, const void* x, int64_t batch, int64_t cols,
-                                 const SparsePart* parts, int64_t number) {
-    if (bad(path, type)) return BAD_REQUEST;
-    std::vector<Product> products;
-    products.reserve(size_t(number));
-    for (int64_t i = 0; i < number; i++) {
-        const SparsePart& part = parts[i];
-        if (part.offsets[0] < 0 || part.offsets[part.rows] > part.nnz) return BAD_OFFSETS;
-        if (!part.scale != !parts[0].scale) return BAD_REQUEST;
-        products.push_back({part.values, part.scale, type, part.mask, part.offsets, part.rows, cols, nullptr, 0, batch,
-                            part.bias, part.y, part.rows, part.nnz});
+// What S is multiplied by behind a dictionary: x Dᵀ, or that and x.
+struct Hidden {
+    Operands shape;
+    int64_t cols;
+    char *operands, *plain;  // plain: as the first product writes it, perhaps the operands already
+
+    void prepare(const Kernels& kernels, int64_t batch) const {
+        if (shape.bytes) kernels.prepare(plain, cols, batch, cols, operands, shape.rows, shape.stride);
     }
-    return linears(path, type, number && parts[0].scale, threads, products, x, batch, cols);
+};
+
+static int check(const Part& part, bool int8, int64_t in) {
+    const bool factored = part.rank >= 0;
+    if (part.offsets[0] < 0 || part.offsets[part.rows] > part.nnz) return BAD_OFFSETS;
+    if (!part.scale == int8 || (factored && !part.dictionary_scale == int8)) return BAD_REQUEST;
+    return part.cols == (factored ? part.rank : in) || (factored && part.cols == part.rank + in) ? OK : BAD_REQUEST;
 }
 
-// y [batch, rows] = (x [batch, in] Dᵀ) Sᵀ + bias with D [rank, in] dense; x Dᵀ is rounded to the type of x, so that the
-// result is that of the two products one after the other. S has `cols` = rank columns, or rank + in: then it multiplies
-// x Dᵀ with x beside it. Both matrices have a scale, or neither.
-EXPORT int rocket_factor_linear(int path, int type, int threads, const void* x, int64_t batch, int64_t in,
-                                const void* dictionary, const void* dictionary_scale, int64_t rank, const void* values,
-                                const void* scale, const uint8_t* mask, const int64_t* offsets, int64_t nnz,
-                                int64_t rows, int64_t cols, const void* bias, void* y) {
-    if (bad(path, type) || !dictionary_scale != !scale) return BAD_REQUEST;
-    if (cols != rank && cols != rank + in) return BAD_REQUEST;
-    if (offsets[0] < 0 || offsets[rows] > nnz) return BAD_OFFSETS;
-    if (batch == 0 || rows == 0) return OK;
-    const Kernels kernels = kernels_of(path, type, scale, batch);
-    const int64_t size = size_of(type), item = scale ? 1 : size;
-    const Operands outer(kernels, batch, in, size), inner(kernels, batch, cols, size);
-    // Whether the first product can write the second one's operands itself.
+// y = x Wᵀ + bias of `number` matrices, in one pass over all dictionaries and one over all that is sparse. x Dᵀ is rounded
+// to the type of x, so that the result is that of the two products one after the other. All have scales, or none has.
+EXPORT int rocket_packed_linears(int path, int type, int threads, const void* x, int64_t batch, int64_t in,
+                                 const Part* parts, int64_t number) {
+    if (bad(path, type)) return BAD_REQUEST;
+    const bool int8 = number && parts[0].scale;
+    for (int64_t i = 0; i < number; i++)
+        if (const int status = check(parts[i], int8, in)) return status;
+    if (batch == 0 || number == 0) return OK;
+    const Kernels kernels = kernels_of(path, type, int8, batch);
+    const int64_t size = size_of(type), item = int8 ? 1 : size;
+    // Whether the first products can write the second ones' operands themselves.
     const bool direct = kernels.in_order && kernels.operand_size == size;
-    const Scratch outer_scratch(outer.as_is ? 0 : outer.bytes), inner_scratch(inner.bytes);
-    const Scratch hidden(direct ? 0 : batch * cols * size);
-    Product first{dictionary, dictionary_scale, type, nullptr, nullptr,       rank, in,
-                  x,          outer.stride,     batch, nullptr, hidden.data(), cols};
-    std::vector<Product> second{{values, scale, type, mask, offsets, rows, cols, inner_scratch.data(), inner.stride,
-                                 batch, bias, y, rows, nnz}};
+    std::vector<Hidden> inner;
+    inner.reserve(size_t(number));
+    int64_t operand_bytes = 0, plain_bytes = 0;
+    for (int64_t i = 0; i < number; i++) {
+        if (parts[i].rank < 0) continue;
+        inner.push_back({Operands(kernels, batch, parts[i].cols, size), parts[i].cols, nullptr, nullptr});
+        operand_bytes += inner.back().shape.bytes;
+        plain_bytes += direct ? 0 : batch * parts[i].cols * size;
+    }
+    const Prepared outer(kernels, x, batch, in, size);
+    const Scratch operands(operand_bytes), plain(plain_bytes);
+    if (outer.failed() || operands.failed() || plain.failed()) return NO_MEMORY;
+
+    std::vector<Product> first, second;
+    first.reserve(inner.size());
+    second.reserve(size_t(number));
+    char *next_operands = operands.data(), *next_plain = plain.data();
+    for (int64_t i = 0; i < number; i++) {
+        const Part& part = parts[i];
+        second.push_back({part.values, part.scale, type, part.mask, part.offsets, part.rows, part.cols, outer.x(),
+                          outer.stride(), batch, part.bias, part.y, part.rows, part.nnz});
+        if (part.rank < 0) continue;
+        Hidden& hidden = inner[first.size()];
+        hidden.operands = next_operands;
+        hidden.plain = direct ? next_operands : next_plain;
+        second.back().x = hidden.operands;
+        second.back().x_stride = hidden.shape.stride;
+        const int64_t stride = direct ? hidden.shape.stride : part.cols;
+        first.push_back({part.dictionary, part.dictionary_scale, type, nullptr, nullptr, part.rank, in, outer.x(),
+                         outer.stride(), batch, nullptr, hidden.plain, stride});
+        if (direct && hidden.shape.bytes) memset(hidden.operands, 0, size_t(hidden.shape.bytes));
+        for (int64_t row = 0; part.cols > part.rank && row < batch; row++)
+            memcpy(hidden.plain + (row * stride + part.rank) * size, static_cast<const char*>(x) + row * in * size,
+                   size_t(in * size));
+        next_operands += hidden.shape.bytes;
+        next_plain += direct ? 0 : batch * part.cols * size;
+    }
     const Tails tails(second, item);
-    if (outer_scratch.failed() || inner_scratch.failed() || hidden.failed() || tails.failed()) return NO_MEMORY;
-    if (outer_scratch.data()) {
-        kernels.prepare(x, in, batch, in, outer_scratch.data(), outer.rows, outer.stride);
-        first.x = outer_scratch.data();
-    }
-    if (direct && inner.bytes) {
-        memset(inner_scratch.data(), 0, size_t(inner.bytes));
-        first.y = inner_scratch.data();
-        first.y_stride = inner.stride;
-    }
-    for (int64_t row = 0; cols > rank && row < batch; row++)
-        memcpy(static_cast<char*>(first.y) + (row * first.y_stride + rank) * size,
-               static_cast<const char*>(x) + row * in * size, size_t(in * size));
-    const Shares first_shares(&first, 1, item), second_shares(second.data(), 1, item);
+    if (tails.failed()) return NO_MEMORY;
+    const Shares first_shares(first.data(), first.size(), item), second_shares(second.data(), second.size(), item);
     const int first_threads = first_shares.threads(threads), second_threads = second_shares.threads(threads);
     parallel(first_threads > second_threads ? first_threads : second_threads, [&](int id, int count) {
-        first_shares.each(id, count, kernels.rows);
-        barrier();
-        if (!direct) {
-            if (id == 0 && inner_scratch.data())
-                kernels.prepare(hidden.data(), cols, batch, cols, inner_scratch.data(), inner.rows, inner.stride);
+        if (!first.empty()) {
+            first_shares.each(id, count, kernels.rows);
+            barrier();
+        }
+        if (!first.empty() && !direct) {
+            for (size_t i = size_t(id); i < inner.size(); i += size_t(count)) inner[i].prepare(kernels, batch);
             barrier();
         }
         second_shares.each(id, count, kernels.rows);

@@ -20,10 +20,10 @@ SCRATCH_BYTES = 8 << 20
 """Weights expanded at a time for larger batches: few enough to stay in cache, and in memory that the allocator keeps,
 until they are multiplied; many enough for a product at full speed."""
 
-Part: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
-"""A packed matrix: values, scale or None, mask, offsets, bias or None."""
+Part: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""A packed matrix: values, scale or None, mask, offsets, bias or None, dictionary or None, its scale or None."""
 
-PART_TENSORS = 5
+PART_TENSORS = 7
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -66,41 +66,58 @@ def sparse_linear(
             return _expand_into(scratch, kernels, values, mask[first:last], offsets[first : last + 1], part)
 
         return _expanded_linear(x, mask.shape[0], rows_of_weights, bias)
-    return SparseProducts(kernels, [(values, scale, mask, offsets, bias)], cols)(x)[0]
+    return PackedProducts(kernels, [(values, scale, mask, offsets, bias, None, None)], [cols], cols)(x)[0]
 
 
-def sparse_linears(
-    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
+def packed_linears(
+    x: Tensor,
+    values: Tensors,
+    scales: Optionals,
+    masks: Tensors,
+    offsets: Tensors,
+    biases: Optionals,
+    dictionaries: Optionals,
+    dictionary_scales: Optionals,
+    columns: Sequence[int],
 ) -> list[Tensor]:
+    parts = values, scales, masks, offsets, biases, dictionaries, dictionary_scales
     kernels = kernels_for(x.dtype)
     if kernels is None or rows_of(x) > MAX_KERNEL_BATCH or not masks:
-        return by_torch.sparse_linears(x, values, masks, offsets, cols, biases, scales)
-    return SparseProducts(kernels, zip(values, scales, masks, offsets, biases, strict=True), cols)(x)
+        return by_torch.packed_linears(x, *parts, columns)
+    return PackedProducts(kernels, zip(*parts, strict=True), columns, x.shape[-1])(x)
 
 
-class SparseProducts:
+class PackedProducts:
     """Products of one x with several packed matrices: the arguments checked, their pointers laid out, once for all x.
 
-    All have ``cols`` columns and values of one kind. The tensors are not kept: before a call it must be seen
-    (`are_of`) that they are still where they were. Safe to call from several threads at a time.
+    x has ``in_features`` columns, and so have matrices without a dictionary; with one, they have its rank, or both.
+    ``columns`` tells which, matrix by matrix. All values are of one kind. The tensors are not kept: before a call it
+    must be seen (`are_of`) that they are still where they were. Safe to call from several threads at a time.
     """
 
-    def __init__(self, kernels: library.Kernels, parts: Iterable[Part], cols: int) -> None:
+    def __init__(
+        self, kernels: library.Kernels, parts: Iterable[Part], columns: Sequence[int], in_features: int
+    ) -> None:
         self._kernels = kernels
-        self._cols = cols
+        self._in_features = in_features
         self._outputs: list[int] = []
         tensors: list[Tensor | None] = []
         types = set()
         fields: list[int] = []
-        for values, scale, mask, offsets, bias in parts:
+        for part, cols in zip(parts, columns, strict=True):
+            values, scale, mask, offsets, bias, dictionary, dictionary_scale = part
             out = mask.shape[0]
             operands.check_sparse(mask, offsets, cols)
             operands.check_scale(values, scale, out)
             operands.check_bias(bias, operands.value_type(values, scale), out)
+            operands.check_columns(dictionary, dictionary_scale, cols, in_features)
             types.add((values.dtype, operands.value_type(values, scale)))
+            if dictionary is not None:
+                types.add((dictionary.dtype, operands.value_type(dictionary, dictionary_scale)))
             fields += (pointer(tensor) for tensor in (values, scale, mask, offsets))
-            fields += (values.numel(), out, pointer(bias), 0)
-            tensors += (values, scale, mask, offsets, bias)
+            fields += (values.numel(), out, cols, pointer(bias))
+            fields += (pointer(dictionary), pointer(dictionary_scale), -1 if dictionary is None else len(dictionary), 0)
+            tensors += part
             self._outputs.append(out)
         if len(types) != 1:
             raise ValueError(f"matrices of one product must have values of one type, got {types}")
@@ -113,8 +130,8 @@ class SparseProducts:
         return _seen(tensors) == self._seen
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """x Wᵀ + bias of each part, for x [..., cols]. Raises ValueError if x does not fit."""
-        operands.check_input(x, self._type, self._cols)
+        """x Wᵀ + bias of each part, for x [..., in_features]. Raises ValueError if x does not fit."""
+        operands.check_input(x, self._type, self._in_features)
         x = x.contiguous()
         fields = type(self._fields).from_buffer_copy(self._fields)
         leading = x.shape[:-1]
@@ -123,28 +140,27 @@ class SparseProducts:
             y = x.new_empty((*leading, out))
             fields[library.PART_FIELDS * (part + 1) - 1] = y.data_ptr()
             outputs.append(y)
-        self._kernels.sparse_linears(
+        self._kernels.packed_linears(
             *(self._kernels.path, library.TYPES[self._type], torch.get_num_threads()),
-            *(x.data_ptr(), leading.numel(), self._cols),
+            *(x.data_ptr(), leading.numel(), self._in_features),
             *(fields, len(outputs)),
         )
         return outputs
 
 
-def prepare(tensors: Sequence[Any], cols: int) -> SparseProducts | None:
+def prepare(tensors: Sequence[Any], columns: Sequence[int], in_features: int) -> PackedProducts | None:
     """The products with matrices whose tensors these are, part after part.
 
-    None where they cannot be one call of the kernels: there are none, tensors are missing, elsewhere or not plain, or
-    their types differ.
+    None where they cannot be one call of the kernels: there are none, tensors are elsewhere or not plain, or their
+    types differ.
     """
     parts: list[Any] = [tensors[first : first + PART_TENSORS] for first in range(0, len(tensors), PART_TENSORS)]
-    if any(tensor is None for values, _, mask, offsets, _ in parts for tensor in (values, mask, offsets)):
-        return None
-    types = {(values.dtype, operands.value_type(values, scale)) for values, scale, *_ in parts}
+    types = {(part[0].dtype, operands.value_type(part[0], part[1])) for part in parts}
+    types |= {(part[5].dtype, operands.value_type(part[5], part[6])) for part in parts if part[5] is not None}
     kernels = kernels_for(next(iter(types))[1])
     if kernels is None or len(types) > 1 or any(map(_out_of_reach, tensors)):
         return None
-    return SparseProducts(kernels, parts, cols)
+    return PackedProducts(kernels, parts, columns, in_features)
 
 
 def _out_of_reach(tensor: Tensor | None) -> bool:
@@ -168,24 +184,12 @@ def factor_linear(
     beside_input: bool = False,
 ) -> Tensor:
     kernels = kernels_for(operands.value_type(values, scale))
-    rank, in_features = dictionary.shape
-    batch, out = rows_of(x), mask.shape[0]
-    if kernels is None or batch > MAX_KERNEL_BATCH:
+    if kernels is None or rows_of(x) > MAX_KERNEL_BATCH:
         return by_torch.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale, beside_input)
+    rank, in_features = dictionary.shape
     columns = rank + in_features if beside_input else rank
-    operands.check_sparse(mask, offsets, columns)
-    operands.check_product(x, dictionary, in_features, dictionary_scale, rank)
-    operands.check_product(x, values, in_features, scale, out, bias)
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], out)
-    sparse = (pointer(values), pointer(scale), pointer(mask), pointer(offsets), values.numel(), out)
-    kernels.factor_linear(
-        *(kernels.path, library.TYPES[x.dtype], torch.get_num_threads()),
-        *(x.data_ptr(), batch, in_features),
-        *(pointer(dictionary), pointer(dictionary_scale), rank),
-        *(*sparse, columns, pointer(bias), y.data_ptr()),
-    )
-    return y
+    part = values, scale, mask, offsets, bias, dictionary, dictionary_scale
+    return PackedProducts(kernels, [part], [columns], in_features)(x)[0]
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ _CHOICE = (_INT, _INT, _INT)  # path, type, threads
 _INPUTS = (_POINTER, _LONG, _LONG)  # x, batch, columns
 _DENSE = (_POINTER, _POINTER, _LONG)  # values, scale or null, rows
 _SPARSE = (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG)  # values, scale, mask, offsets, values' number, rows
-_PARTS = (_POINTER, _LONG)  # an array of `SparsePart`, see `parts`, and its length
+_PARTS = (_POINTER, _LONG)  # an array of `Part`, see `parts`, and its length
 _RESULT = (_POINTER, _POINTER)  # bias or null, y
 
 
@@ -47,8 +47,7 @@ class Kernels:
     path: int
     available: tuple[str, ...]
     dense_linear: Callable[..., int]
-    sparse_linears: Callable[..., int]
-    factor_linear: Callable[..., int]
+    packed_linears: Callable[..., int]
     expand: Callable[..., int]
 
 
@@ -81,8 +80,7 @@ def open_kernels(file: Path, wanted: str | None = None) -> Kernels:
         path=PATHS.index(wanted or available[-1]),
         available=available,
         dense_linear=function("rocket_dense_linear", *_INPUTS, *_DENSE, *_RESULT),
-        sparse_linears=function("rocket_sparse_linears", *_INPUTS, *_PARTS),
-        factor_linear=function("rocket_factor_linear", *_INPUTS, *_DENSE, *_SPARSE, _LONG, *_RESULT),
+        packed_linears=function("rocket_packed_linears", *_INPUTS, *_PARTS),
         expand=function("rocket_expand", *_SPARSE, _LONG, _POINTER),
     )
 
@@ -108,12 +106,12 @@ def load() -> Kernels | None:
         return None
 
 
-PART_FIELDS = 8
-"""Of a `SparsePart`: values, scale, mask, offsets, nnz, rows, bias, y."""
+PART_FIELDS = 12
+"""Of a `Part`: values, scale, mask, offsets, nnz, rows, cols, bias, dictionary, dictionary's scale, rank, y."""
 
 
 def parts(fields: Sequence[int]) -> Any:
-    """The C array of `SparsePart` with these fields, `PART_FIELDS` a part."""
+    """The C array of `Part` with these fields, `PART_FIELDS` a part."""
     return (_LONG * len(fields))(*fields)
 
 

@@ -44,6 +44,19 @@ def check_sparse(mask: Tensor, offsets: Tensor, cols: int) -> None:
         )
 
 
+def check_columns(dictionary: Tensor | None, scale: Tensor | None, cols: int, in_features: int) -> None:
+    """Of a sparse matrix behind a dictionary [rank, in], or without one."""
+    if dictionary is None:
+        if cols != in_features:
+            raise ValueError(f"a matrix of {cols} columns does not multiply x of {in_features}")
+        return
+    if dictionary.shape[1] != in_features or cols not in (len(dictionary), len(dictionary) + in_features):
+        raise ValueError(
+            f"dictionary is {list(dictionary.shape)}; x has {in_features} columns, the matrix behind it {cols}"
+        )
+    check_scale(dictionary, scale, len(dictionary))
+
+
 def check_product(
     x: Tensor, weight: Tensor, cols: int, scale: Tensor | None, out: int, bias: Tensor | None = None
 ) -> None:

@@ -9,7 +9,7 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, cast
@@ -27,8 +27,8 @@ _library = torch.library.Library("rocket", "DEF")
 for _schema in (
     "sparse_linear(Tensor x, Tensor values, Tensor mask, Tensor offsets, int cols, Tensor? bias=None,"
     " Tensor? scale=None) -> Tensor",
-    "sparse_linears(Tensor x, Tensor[] values, Tensor[] masks, Tensor[] offsets, int cols, Tensor?[] biases,"
-    " Tensor?[] scales) -> Tensor[]",
+    "packed_linears(Tensor x, Tensor[] values, Tensor?[] scales, Tensor[] masks, Tensor[] offsets, Tensor?[] biases,"
+    " Tensor?[] dictionaries, Tensor?[] dictionary_scales, int[] columns) -> Tensor[]",
     "factor_linear(Tensor x, Tensor dictionary, Tensor values, Tensor mask, Tensor offsets, Tensor? bias=None,"
     " Tensor? dictionary_scale=None, Tensor? scale=None, bool beside_input=False) -> Tensor",
     "dense_linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scale=None) -> Tensor",
@@ -38,7 +38,7 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _sparse_linear = torch.ops.rocket.sparse_linear.default
-_sparse_linears = torch.ops.rocket.sparse_linears.default
+_packed_linears = torch.ops.rocket.packed_linears.default
 _factor_linear = torch.ops.rocket.factor_linear.default
 _dense_linear = torch.ops.rocket.dense_linear.default
 _expand = torch.ops.rocket.expand.default
@@ -103,16 +103,26 @@ def sparse_linear(
     return result
 
 
-def sparse_linears(
-    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
+def packed_linears(
+    x: Tensor,
+    values: Tensors,
+    scales: Optionals,
+    masks: Tensors,
+    offsets: Tensors,
+    biases: Optionals,
+    dictionaries: Optionals,
+    dictionary_scales: Optionals,
+    columns: Sequence[int],
 ) -> list[Tensor]:
-    """`sparse_linear` of one x with several matrices of as many columns, in one parallel pass over all their rows.
+    """`sparse_linear` or, where there is a dictionary, `factor_linear` of one x with several matrices.
 
-    The values of all are int8, or those of none.
+    In one parallel pass over all dictionaries, and one over all that is sparse. ``columns`` are those of the sparse
+    matrices, which tell whether they multiply x beside x Dᵀ. The values of all are int8, or those of none.
     """
+    parts = values, scales, masks, offsets, biases, dictionaries, dictionary_scales
     if direct(x):
-        return cpu.sparse_linears(x, values, masks, offsets, cols, biases, scales)
-    result: list[Tensor] = _sparse_linears(x, values, masks, offsets, cols, biases, scales)
+        return cpu.packed_linears(x, *parts, columns)
+    result: list[Tensor] = _packed_linears(x, *parts, columns)
     return result
 
 
@@ -222,9 +232,7 @@ def _sparse_linear_fake(
     return x.new_empty((*x.shape[:-1], mask.shape[0]))
 
 
-def _sparse_linears_fake(
-    x: Tensor, values: Tensors, masks: Tensors, offsets: Tensors, cols: int, biases: Optionals, scales: Optionals
-) -> list[Tensor]:
+def _packed_linears_fake(x: Tensor, values: Tensors, scales: Optionals, masks: Tensors, *_: object) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], mask.shape[0])) for mask in masks]
 
 
@@ -256,7 +264,7 @@ def _pick_fake(dense: Tensor, mask: Tensor, count: int) -> Tensor:
 
 for _name, _fake, _cuda in (
     ("sparse_linear", _sparse_linear_fake, _sparse_linear_cuda),
-    ("sparse_linears", _sparse_linears_fake, by_torch.sparse_linears),
+    ("packed_linears", _packed_linears_fake, by_torch.packed_linears),
     ("factor_linear", _factor_linear_fake, by_torch.factor_linear),
     ("dense_linear", _dense_linear_fake, _dense_linear_cuda),
     ("expand", _expand_fake, _expand_cuda),

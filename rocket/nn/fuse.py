@@ -1,4 +1,4 @@
-"""One product for sparse layers that read the same input (q, k and v; gate and up), prepared once."""
+"""One product for packed layers that read the same input (q, k and v; gate and up), prepared once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rocket.kernels import cpu, operands, ops
-from rocket.nn.layers import SparseLinear
+from rocket.nn.layers import PackedLinear
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _Pending:
 
 
 class SharedInput:
-    """Sparse layers of one input: the first that is called multiplies for all, the others take what is theirs.
+    """Packed layers of one input: the first that is called multiplies for all, the others take what is theirs.
 
     Whether a layer is asked about the same input is seen by the identity of the tensor, so a model that calls them
     otherwise only loses time. Between the calls for one input the layers' tensors must not change, nor, in inference
@@ -33,21 +33,23 @@ class SharedInput:
     more rows of input than the kernels multiply directly, each multiplies by itself: there is nothing to gain.
     """
 
-    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]  # they hold this, and are freed with their model
-        self._columns = layers[0].in_features
+        self._in_features = layers[0].in_features
+        self._columns = [layer.spec.columns for layer in layers]
+        self._factored = [layer.spec.rank > 0 for layer in layers]
         self._pending: _Pending | None = None
-        self._products: cpu.SparseProducts | None = None
+        self._products: cpu.PackedProducts | None = None
         self._slots = [slot for layer in layers for slot in layer.slots()]
         for index, layer in enumerate(layers):
             layer.shared_input, layer.place = self, index
 
     @property
-    def layers(self) -> list[SparseLinear]:
+    def layers(self) -> list[PackedLinear]:
         """Those that are still there."""
         return [layer for layer in (reference() for reference in self._layers) if layer is not None]
 
-    def product(self, layer: SparseLinear, inputs: Tensor) -> Tensor | None:
+    def product(self, layer: PackedLinear, inputs: Tensor) -> Tensor | None:
         """x Wᵀ + bias of one of the layers; None where it is to multiply by itself."""
         pending, version = self._pending, _version(inputs)
         fresh = pending is not None and pending.inputs is inputs and pending.version == version
@@ -69,19 +71,36 @@ class SharedInput:
         tensors: list[Any] = [store.get(name) for store, name in self._slots]
         if ops.direct(inputs):
             if self._products is None or not self._products.are_of(tensors):
-                self._products = cpu.prepare(tensors, self._columns)
+                whole = self._are_whole(tensors)
+                self._products = cpu.prepare(tensors, self._columns, self._in_features) if whole else None
             return None if self._products is None else self._products(inputs)
         if len(self._layers) == 1:
             return None
         if not compiling and torch._C._is_tracing():  # TorchScript knows no list of optional tensors
             return None
-        values, scales, masks, offsets, biases = (tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS))
-        if not all(tensor is not None and operands.is_plain(tensor) for tensor in (*values, *offsets)):
+        values, scales, masks, offsets, biases, dictionaries, dictionary_scales = (
+            tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS)
+        )
+        if not self._are_whole(tensors) or not all(map(operands.is_plain, offsets)):
             return None
-        for value, scale in zip(values, scales, strict=True):
-            if operands.value_type(value, scale) != inputs.dtype or value.device != inputs.device:
+        for value, scale in zip((*values, *dictionaries), (*scales, *dictionary_scales), strict=True):
+            if value is None:
+                continue
+            if not operands.is_plain(value) or value.device != inputs.device:
                 return None
-        return ops.sparse_linears(inputs, values, masks, offsets, self._columns, biases, scales)
+            if operands.value_type(value, scale) != inputs.dtype:
+                return None
+        kinds = values, scales, masks, offsets, biases, dictionaries, dictionary_scales
+        return ops.packed_linears(inputs, *kinds, self._columns)
+
+    def _are_whole(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether each layer has its tensors, and where it should: a parametrized one has not."""
+        for layer, factored in enumerate(self._factored):
+            first = layer * cpu.PART_TENSORS
+            values, _, mask, offsets, _, dictionary, _ = tensors[first : first + cpu.PART_TENSORS]
+            if values is None or mask is None or offsets is None or (factored and dictionary is None):
+                return False
+        return True
 
     def dissolve(self) -> None:
         """Let the layers go their own ways."""
@@ -98,14 +117,14 @@ class SharedInput:
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Prepare the products of sparse layers, one for those that read the same input, by their spec.
+    """Prepare the products of packed layers, one for those that read the same input, by their spec.
 
     Groups that there are already stay. Layers with a forward of somebody else's (accelerate's, which moves tensors
     about) are left alone.
     """
-    groups: dict[tuple[object, ...], list[SparseLinear]] = {}
+    groups: dict[tuple[object, ...], list[PackedLinear]] = {}
     for module in model.modules():
-        if not isinstance(module, SparseLinear) or module.offsets is None or "forward" in vars(module):
+        if not isinstance(module, PackedLinear) or module.offsets is None or "forward" in vars(module):
             continue
         if module.shared_input is not None and len(module.shared_input.layers) > 1:
             continue

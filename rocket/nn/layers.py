@@ -256,37 +256,37 @@ class LowRankLinear(CompressedLinear):
         return self.matrix("weight") @ self.matrix("dictionary")
 
 
-class SparseLinear(CompressedLinear):
-    """W sparse: ``weight`` [nnz] holds the kept values row by row, ``mask`` their places (see `kernels.bitmap`).
+class PackedLinear(CompressedLinear):
+    """W by a sparse matrix S: ``weight`` [nnz] holds its values row by row, ``mask`` their places (`kernels.bitmap`).
 
     ``shared_input`` is set while the layer multiplies together with others (`nn.fuse`); ``place`` is its number there.
     """
 
-    form = "sparse"
     precisions = ("float", "int8")
     mask: Tensor
     shared_input: SharedInput | None = None
     place: int = 0
 
-    def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
-        super().__init__(spec, bias)
-        _check(spec.rank == 0, spec, "rank")
-        self._store_sparse(spec.columns)
-
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = self._cast(inputs)
         offsets = self.offsets
         if offsets is None or not self._by_kernels(inputs):
-            return F.linear(inputs, self.dense_weight(), self.bias)
+            return F.linear(self._coordinates(inputs), self.matrix("weight"), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
-            return macko.linear(self.macko, inputs, self.bias)
+            return macko.linear(self.macko, self._coordinates(inputs), self.bias)
         if self.shared_input is not None:
             output = self.shared_input.product(self, inputs)
             if output is not None:
                 return output
-        return ops.sparse_linear(
-            inputs, self.weight, self.mask, offsets, self.in_features, self.bias, self.weight_scale
-        )
+        return self._product(inputs, offsets)
+
+    def _coordinates(self, inputs: Tensor) -> Tensor:
+        """What S multiplies."""
+        return inputs
+
+    def _product(self, inputs: Tensor, offsets: Tensor) -> Tensor:
+        """By the kernels, alone."""
+        raise NotImplementedError
 
     def slots(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
         """Where the tensors of `kernels.cpu.Part` are kept: read there without the detour of a module's attributes."""
@@ -294,6 +294,7 @@ class SparseLinear(CompressedLinear):
         return [
             *((parameters, "weight"), (parameters, "weight_scale")),
             *((buffers, "mask"), (buffers, "row_offsets"), (parameters, "bias")),
+            *((parameters, "dictionary"), (parameters, "dictionary_scale")),
         ]
 
     def use_kernels(self, wanted: bool = True) -> None:
@@ -301,16 +302,30 @@ class SparseLinear(CompressedLinear):
         if not wanted and self.shared_input is not None:
             self.shared_input.dissolve()
 
+
+class SparseLinear(PackedLinear):
+    """W = S."""
+
+    form = "sparse"
+
+    def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
+        super().__init__(spec, bias)
+        _check(spec.rank == 0, spec, "rank")
+        self._store_sparse(spec.columns)
+
+    def _product(self, inputs: Tensor, offsets: Tensor) -> Tensor:
+        return ops.sparse_linear(
+            inputs, self.weight, self.mask, offsets, self.in_features, self.bias, self.weight_scale
+        )
+
     def dense_weight(self) -> Tensor:
         return self.matrix("weight")
 
 
-class FactorizedLinear(CompressedLinear):
-    """W = C · dictionary, with ``dictionary`` [rank, in] dense and C [out, rank] sparse (``weight`` and ``mask``)."""
+class FactorizedLinear(PackedLinear):
+    """W = S · dictionary, with ``dictionary`` [rank, in] dense and S [out, rank], the coefficients."""
 
     form = "dictionary"
-    precisions = ("float", "int8")
-    mask: Tensor
 
     def __init__(self, spec: LayerSpec, bias: bool = False) -> None:
         super().__init__(spec, bias)
@@ -318,30 +333,24 @@ class FactorizedLinear(CompressedLinear):
         self._store("dictionary", spec.rank, spec.rank, spec.in_features)
         self._store_sparse(spec.columns)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        inputs = self._cast(inputs)
-        offsets = self.offsets
-        if offsets is None or not self._by_kernels(inputs):
-            return F.linear(self._coordinates(inputs, self.matrix("dictionary")), self.matrix("weight"), self.bias)
-        if self.macko is not None and inputs.shape[:-1].numel() == 1:
-            return macko.linear(self.macko, self._coordinates(inputs, self.dictionary), self.bias)
+    def _coordinates(self, inputs: Tensor) -> Tensor:
+        """dictionary · x, and x itself where the form has it."""
+        hidden = F.linear(inputs, self.matrix("dictionary"))
+        return torch.cat([hidden, inputs], dim=-1) if self.beside_input else hidden
+
+    def _product(self, inputs: Tensor, offsets: Tensor) -> Tensor:
         matrices = self.dictionary, self.weight, self.mask, offsets
         scales = self.dictionary_scale, self.weight_scale
         return ops.factor_linear(inputs, *matrices, self.bias, *scales, self.beside_input)
-
-    def _coordinates(self, inputs: Tensor, dictionary: Tensor) -> Tensor:
-        """What C multiplies: dictionary · x, and x itself where the form has it."""
-        hidden = F.linear(inputs, dictionary)
-        return torch.cat([hidden, inputs], dim=-1) if self.beside_input else hidden
 
     def dense_weight(self) -> Tensor:
         return self.matrix("weight") @ self.matrix("dictionary")
 
 
 class SparseLowRankLinear(FactorizedLinear):
-    """W = C · [dictionary; I], with ``dictionary`` [rank, in] dense and C [out, rank + in] sparse.
+    """W = S · [dictionary; I], with ``dictionary`` [rank, in] dense and S [out, rank + in].
 
-    The first columns of C multiply the atoms, and are full as a rule; the others multiply the input itself.
+    The first columns of S multiply the atoms, and are full as a rule; the others multiply the input itself.
     """
 
     form = "sparse_low_rank"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rocket.kernels import library, macko, ops
 from rocket.nn.eligibility import kernels_apply, why_odd
 from rocket.nn.fuse import share_inputs
-from rocket.nn.layers import CompressedLinear, SparseLinear
+from rocket.nn.layers import CompressedLinear, PackedLinear
 
 Backend = Literal["auto", "trivial", "macko"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,7 +44,7 @@ class LayerExplanation:
 def optimize(model: Model, backend: Backend = "auto") -> Model:
     """Make a model's linear layers run by the kernels, in place; the result is the model itself.
 
-    Compressed layers multiply by their packed matrices instead of expanding them first, sparse ones that read the same
+    Compressed layers multiply by their packed matrices instead of expanding them first, those that read the same
     input in one product (`nn.fuse`), and on a CPU the dense layers (the output embedding too) take a matrix-vector
     product that reads memory at full speed. Tensors and checkpoints stay as they are. Where a gradient is wanted,
     layers go the trivial way by themselves. Calling it again changes nothing; `explain` tells what was chosen.
@@ -126,7 +126,7 @@ def _explain(name: str, module: nn.Module) -> LayerExplanation:
     if module.macko is not None:
         return LayerExplanation(name, form, "macko", f"one row of input; {kernel} for more")
     reason = "packed values, expanded only for many rows of input"
-    if isinstance(module, SparseLinear) and module.shared_input is not None and len(module.shared_input.layers) > 1:
+    if isinstance(module, PackedLinear) and module.shared_input is not None and len(module.shared_input.layers) > 1:
         reason += f"; one product for {len(module.shared_input.layers)} layers of this input"
     return LayerExplanation(name, form, kernel, reason)
 

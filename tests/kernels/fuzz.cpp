@@ -107,7 +107,7 @@ static void round(int path, int type, bool guarded, double tolerance) {
     Buffer values(nnz * int64_t(sizeof(V)), guarded), x(batch * cols * item, guarded), u(batch * in * item, guarded);
     Buffer bias(rows * item, guarded), dictionary(cols * in * int64_t(sizeof(V)), guarded);
     Buffer expanded(rows * cols * item, guarded), dense(rows * cols * int64_t(sizeof(V)), guarded);
-    Buffer y(batch * rows * item, guarded), z(batch * rows * item, guarded), h(batch * cols * item, guarded);
+    Buffer y(batch * rows * item, guarded), z(batch * rows * item, guarded), w(batch * rows * item, guarded), h(batch * cols * item, guarded);
     if (nnz) memcpy(values.as<char>(), kept.data(), size_t(nnz) * sizeof(V));
     fill(x.as<T>(), batch * cols);
     fill(u.as<T>(), batch * in);
@@ -127,14 +127,15 @@ static void round(int path, int type, bool guarded, double tolerance) {
 
     // The whole matrix, and its first rows once more, as one product.
     const int64_t head = between(0, rows);
-    SparsePart whole{values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, b, y.as<T>()};
-    SparsePart parts[]{whole, whole};
+    const Part whole{values.as<V>(), scale,   mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, cols, b, nullptr,
+                     nullptr,        -1, y.as<T>()};
+    Part parts[]{whole, whole, whole};
     parts[1].rows = head;
     parts[1].y = z.as<T>();
-    status = rocket_sparse_linears(path, type, threads, x.as<T>(), batch, cols, parts, 2);
+    status = rocket_packed_linears(path, type, threads, x.as<T>(), batch, cols, parts, 2);
     expect(status == OK && close(y.as<T>(), x.as<T>(), weight, b, batch, cols, rows, tolerance) &&
                close(z.as<T>(), x.as<T>(), weight, b, batch, cols, head, tolerance),
-           "sparse_linears", path, type, rows, cols, batch);
+           "packed_linears", path, type, rows, cols, batch);
 
     fill(dense.as<V>(), rows * cols);
     for (int64_t i = 0; i < rows * cols; i++)
@@ -143,35 +144,49 @@ static void round(int path, int type, bool guarded, double tolerance) {
     expect(status == OK && close(y.as<T>(), x.as<T>(), weight, b, batch, cols, rows, tolerance), "dense_linear", path,
            type, rows, cols, batch);
 
-    status = rocket_factor_linear(path, type, threads, u.as<T>(), batch, in, dictionary.as<V>(), dictionary_scale, cols,
-                                  values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, cols,
-                                  b, y.as<T>());
+    // A dictionary before the matrix: the same as the two products, one after the other. Its first rows once more.
+    parts[0] = whole;
+    parts[0].dictionary = dictionary.as<V>();
+    parts[0].dictionary_scale = dictionary_scale;
+    parts[0].rank = cols;
+    parts[1] = parts[0];
+    parts[1].rows = head;
+    parts[1].y = w.as<T>();
+    status = rocket_packed_linears(path, type, threads, u.as<T>(), batch, in, parts, 2);
     status |= rocket_dense_linear(path, type, 1, u.as<T>(), batch, in, dictionary.as<V>(), dictionary_scale, cols,
                                   nullptr, h.as<T>());
-    whole.y = z.as<T>();
-    status |= rocket_sparse_linears(path, type, 1, h.as<T>(), batch, cols, &whole, 1);
+    parts[2].y = z.as<T>();
+    status |= rocket_packed_linears(path, type, 1, h.as<T>(), batch, cols, &parts[2], 1);
     same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
-    expect(same, "factor_linear", path, type, rows, cols, batch);
+    for (int64_t i = 0; i < batch * head; i++)
+        same &= memcmp(w.as<T>() + i, z.as<T>() + i / head * rows + i % head, sizeof(T)) == 0;
+    expect(same, "packed_linears behind dictionaries", path, type, rows, cols, batch);
 
-    // Some columns for atoms, the others for the input itself.
+    // Some columns for atoms, the others for the input itself; beside it a matrix of the input alone.
     const int64_t rank = between(0, cols), rest = cols - rank;
     Buffer atoms(rank * rest * int64_t(sizeof(V)), guarded), direct(batch * rest * item, guarded);
-    Buffer first(batch * rank * item, guarded);
+    Buffer own(batch * rank * item, guarded);
     fill(atoms.as<V>(), rank * rest);
     fill(direct.as<T>(), batch * rest);
-    status = rocket_factor_linear(path, type, threads, direct.as<T>(), batch, rest, atoms.as<V>(), dictionary_scale, rank,
-                                  values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz, rows, cols, b,
-                                  y.as<T>());
+    parts[0].dictionary = atoms.as<V>();
+    parts[0].rank = rank;
+    parts[1] = whole;
+    parts[1].rows = 0;
+    parts[1].cols = rest;
+    status = rocket_packed_linears(path, type, threads, direct.as<T>(), batch, rest, parts, 2);
     status |= rocket_dense_linear(path, type, 1, direct.as<T>(), batch, rest, atoms.as<V>(), dictionary_scale, rank,
-                                  nullptr, first.as<T>());
+                                  nullptr, own.as<T>());
     for (int64_t i = 0; i < batch; i++) {
-        memcpy(h.as<T>() + i * cols, first.as<T>() + i * rank, size_t(rank * item));
+        memcpy(h.as<T>() + i * cols, own.as<T>() + i * rank, size_t(rank * item));
         memcpy(h.as<T>() + i * cols + rank, direct.as<T>() + i * rest, size_t(rest * item));
     }
-    status |= rocket_sparse_linears(path, type, 1, h.as<T>(), batch, cols, &whole, 1);
+    status |= rocket_packed_linears(path, type, 1, h.as<T>(), batch, cols, &parts[2], 1);
     same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
-    expect(same, "factor_linear beside its input", path, type, rows, cols, batch);
+    expect(same, "packed_linears beside their input", path, type, rows, cols, batch);
 
+    parts[0].cols = cols + 1;
+    expect(rocket_packed_linears(path, type, 1, direct.as<T>(), batch, rest, parts, 1) == BAD_REQUEST,
+           "the check of columns", path, type, rows, cols, batch);
     if (nnz)
         expect(rocket_expand(path, type, 1, values.as<V>(), scale, mask.as<uint8_t>(), offsets.as<int64_t>(), nnz - 1,
                              rows, cols, expanded.as<T>()) == BAD_OFFSETS,

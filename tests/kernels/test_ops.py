@@ -155,7 +155,11 @@ def test_products_of_int8_agree_with_the_dense_ones(
         beside = ops.factor_linear(u, atoms.values, *packed, bias, atoms.scale, weight.scale, True)
         hidden = ops.dense_linear(u, atoms.values, None, atoms.scale)
         assert_product(beside, torch.cat([hidden, u], dim=-1), exact, bias)
-        both = ops.sparse_linears(x, *([part, part] for part in packed), cols, [bias, None], [weight.scale] * 2)
+        twice = [[part] * 2 for part in packed]
+        nothing = [None, None]
+        both = ops.packed_linears(
+            x, twice[0], [weight.scale] * 2, *twice[1:], [bias, None], nothing, nothing, [cols, cols]
+        )
         assert torch.equal(both[0], sparse)
 
 
@@ -237,11 +241,60 @@ def test_several_matrices_at_once(path: str, dtype: torch.dtype, batch: int, thr
     try:
         torch.set_num_threads(threads)
         with forced(path):
-            outputs = ops.sparse_linears(x, values, masks, offsets, 130, biases, [None] * 4)
+            nothing = [None] * 4
+            outputs = ops.packed_linears(x, values, nothing, masks, offsets, biases, nothing, nothing, [130] * 4)
             for y, sparse, bias in zip(outputs, packed, biases, strict=True):
                 assert torch.equal(y, ops.sparse_linear(x, *sparse, 130, bias))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [0, 1, 3, 16, 20])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_matrices_with_and_without_dictionaries_at_once(
+    path: str, dtype: torch.dtype, batch: int, threads: int
+) -> None:
+    torch.manual_seed(0)
+    x, before = torch.randn(batch, 130).to(dtype), torch.get_num_threads()
+    dictionaries = [torch.randn(rank, 130).to(dtype) if rank else None for rank in (0, 70, 7, 0, 130)]
+    columns = [130, 70, 137, 130, 130]
+    weights = [torch.randn(out, cols).to(dtype) for out, cols in zip((300, 33, 700, 0, 5), columns, strict=True)]
+    packed = [Sparse.of(weight, torch.rand(weight.shape) < 0.5) for weight in weights]
+    values, masks, offsets = zip(*packed, strict=True)
+    biases = [None, torch.randn(33).to(dtype), torch.randn(700).to(dtype), None, None]
+    nothing = [None] * 5
+    try:
+        torch.set_num_threads(threads)
+        with forced(path):
+            parts = values, nothing, masks, offsets, biases, dictionaries, nothing
+            outputs = ops.packed_linears(x, *parts, columns)
+            for y, sparse, bias, atoms, cols in zip(outputs, packed, biases, dictionaries, columns, strict=True):
+                if atoms is None:
+                    expected = ops.sparse_linear(x, *sparse, cols, bias)
+                else:
+                    hidden = ops.dense_linear(x, atoms)
+                    hidden = hidden if cols == len(atoms) else torch.cat([hidden, x], dim=-1)
+                    expected = ops.sparse_linear(hidden, *sparse, cols, bias)
+                assert torch.equal(y, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def together(
+    x: Tensor,
+    sparse: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    dictionary: Tensor | None,
+    cols: int,
+    scale: Tensor | None = None,
+    dictionary_scale: Tensor | None = None,
+) -> tuple[object, ...]:
+    """Arguments of `packed_linears` for one matrix, twice: the second time without a bias."""
+    values, mask, offsets = sparse
+    kinds = (values, scale, mask, offsets, bias, dictionary, dictionary_scale)
+    return x, *([part, None if part is bias else part] for part in kinds), [cols] * 2
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -271,7 +324,8 @@ def test_opcheck(batch: int, bias: Tensor | None) -> None:
     sparse = Sparse.of(dense, torch.rand(6, 70) < 0.5)
     for op, arguments in (
         (torch.ops.rocket.sparse_linear, (x, *sparse, 70, bias)),
-        (torch.ops.rocket.sparse_linears, (x, *([part, part] for part in sparse), 70, [bias, None], [None, None])),
+        (torch.ops.rocket.packed_linears, together(x, sparse, bias, None, 70)),
+        (torch.ops.rocket.packed_linears, together(x[..., :5], sparse, bias, dictionary, 70)),
         (torch.ops.rocket.factor_linear, (x[..., :5], dictionary, *sparse, bias)),
         (torch.ops.rocket.factor_linear, (x[..., :65], torch.randn(5, 65), *sparse, bias, None, None, True)),
         (torch.ops.rocket.dense_linear, (x, dense, bias)),
@@ -290,7 +344,11 @@ def test_opcheck_of_int8(batch: int, bias: Tensor | None) -> None:
     packed = (weight.packed, mask, bitmap.row_offsets(mask))
     for op, arguments in (
         (torch.ops.rocket.sparse_linear, (x, *packed, 70, bias, weight.scale)),
-        (torch.ops.rocket.sparse_linears, (x, *([part] for part in packed), 70, [bias], [weight.scale])),
+        (torch.ops.rocket.packed_linears, together(x, packed, bias, None, 70, weight.scale)),
+        (
+            torch.ops.rocket.packed_linears,
+            together(x[..., :5], packed, bias, atoms.values, 70, weight.scale, atoms.scale),
+        ),
         (torch.ops.rocket.factor_linear, (x[..., :5], atoms.values, *packed, bias, atoms.scale, weight.scale)),
         (torch.ops.rocket.dense_linear, (x, weight.values, bias, weight.scale)),
         (torch.ops.rocket.expand, (*packed, 70, weight.scale)),
@@ -306,7 +364,7 @@ def test_a_bias_that_does_not_fit(rows: int, bias: Tensor) -> None:
     with torch.no_grad():
         for product in (
             lambda: ops.sparse_linear(x, *sparse, 70, bias),
-            lambda: ops.sparse_linears(x, *([part] for part in sparse), 70, [bias], [None]),
+            lambda: ops.packed_linears(*together(x, sparse, bias, None, 70)),
             lambda: ops.factor_linear(x, dictionary, *sparse, bias),
             lambda: ops.dense_linear(x, dictionary[:6].contiguous(), bias),
         ):
@@ -353,7 +411,7 @@ def test_whoever_watches_sees_the_op() -> None:
         with torch.profiler.profile() as profile:
             product(x)
         assert any(event.name == "rocket::sparse_linear" for event in profile.events())
-        assert ops.sparse_linears(x, [], [], [], 70, [], []) == []
+        assert ops.packed_linears(x, [], [], [], [], [], [], [], []) == []
         with pytest.raises(ValueError, match="x is on the CPU, a matrix on meta"):
             ops.dense_linear(x, torch.ones(6, 70, device="meta"))
     assert not ops.direct(x)  # with gradients
@@ -380,9 +438,18 @@ def test_mistakes_are_told() -> None:
     if _default is None:
         pytest.skip("the rest is checked on the way to the compiled kernels")
     mixed = [sparse.values, torch.ones_like(sparse.values, dtype=torch.int8)]
-    others = ([sparse.mask] * 2, [sparse.offsets] * 2, 70, [None, None], [None, torch.ones(6)])
+    scales, nothing = [None, torch.ones(6)], [None, None]
+    masks, offsets = [sparse.mask] * 2, [sparse.offsets] * 2
     with pytest.raises(ValueError, match="values of one type"):
-        ops.sparse_linears(torch.randn(1, 70), mixed, *others)
+        ops.packed_linears(torch.randn(1, 70), mixed, scales, masks, offsets, nothing, nothing, nothing, [70, 70])
+    for dictionary, columns, message in (
+        (None, 69, "a matrix of 70 columns does not multiply x of 69"),
+        (torch.randn(70, 68), 69, r"dictionary is \[70, 68\]; x has 69 columns, the matrix behind it 70"),
+        (torch.randn(2, 69), 69, r"dictionary is \[2, 69\]; x has 69 columns, the matrix behind it 70"),
+    ):
+        for path in ("torch", PATHS[0]):
+            with forced(path), pytest.raises(ValueError, match=message):
+                ops.packed_linears(*together(torch.randn(1, columns), sparse, None, dictionary, 70))
     with pytest.raises(ValueError, match="mask is"):
         ops.expand(sparse.values, sparse.mask, sparse.offsets, 129)
     with pytest.raises(RuntimeError, match="offsets and values disagree"):

@@ -36,7 +36,7 @@ FORMS_HOLD = {
     "low_rank": ((4.0, 12.0), (3.0, 5.0)),
     "dictionary": ((4.0, 17.0), (3.0, 8.0)),
     "sparse": ((4.5, 12.0), (4.5, 9.0)),
-    "sparse_low_rank": ((5.0, 12.0), (5.0, 10.0)),
+    "sparse_low_rank": ((5.0, 12.0), (5.5, 12.0)),
 }
 KEEP_INVERSES = ("sparse", "sparse_low_rank")
 INVERSES = 4.0  # squares more for these forms, where several inverses are kept

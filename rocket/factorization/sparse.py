@@ -17,7 +17,7 @@ from torch import Tensor
 from rocket.factorization.problem import LayerProblem
 
 PENALTIES = (0.3, 0.36, 0.432, 0.5184, 0.62208)
-ITERATIONS_A_PENALTY = 3
+REPEATS = 3
 FIT_ITERATIONS = 5
 FLAT = 1e-4
 SAMPLE_STRIDE = 17
@@ -62,9 +62,9 @@ class ScaledProblem:
         """What searches with this Gram matrix share (`SupportSearch`)."""
         return {}
 
-    def sparsify(self, count: int) -> tuple[Tensor, Tensor]:
-        """X [out, in] with ``count`` non-zeros and a small error, and its mask."""
-        return self.quadratic.solve(count, self.weight)
+    def sparsify(self, count: int, repeats: int = REPEATS) -> tuple[Tensor, Tensor]:
+        """X [out, in] with ``count`` non-zeros and a small error, and its mask; ``repeats`` as in `select_support`."""
+        return self.quadratic.solve(count, self.weight, repeats)
 
     def unscale(self, scaled: Tensor) -> Tensor:
         return scaled.double() / self.row_scale[:, None] / self.column_scale
@@ -114,11 +114,10 @@ class SupportSearch:
 
     What the error is, the subclasses say: `Quadratic`, and `sparse_low_rank.Deflated`. ``inverses`` keeps what ADMM
     needs, (N + ρI)⁻¹ by ρ; it depends on neither the number of non-zeros nor the start, so searches with one N can
-    share it. Of a matrix beyond `KEPT_INVERSES` only the last one is kept. ``penalties`` are those of ADMM, ρ, one an
-    iteration.
+    share it. Of a matrix beyond `KEPT_INVERSES` only the last one is kept. ``penalties`` are those of ADMM, ρ.
     """
 
-    penalties: Sequence[float] = tuple(penalty for penalty in PENALTIES for _ in range(ITERATIONS_A_PENALTY))
+    penalties: Sequence[float] = PENALTIES
 
     def __init__(self, gram: Tensor, inverses: dict[float, Tensor] | None = None) -> None:
         self.gram = gram
@@ -151,17 +150,18 @@ class SupportSearch:
     def adapt(self, kept: Tensor) -> None:
         """Called with D after each iteration of ADMM but the last, for what follows the support."""
 
-    def select_support(self, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
+    def select_support(self, count: int, start: Tensor, repeats: int = REPEATS) -> tuple[Tensor, Tensor]:
         """The ``count`` entries to keep, by ADMM on the constraint (as ALPS, arXiv 2406.07831).
 
         X minimises the quadratic plus ρ/2 ‖X - D + V/ρ‖², D is X + V/ρ thresholded over the whole matrix, V is the
-        multiplier; ρ grows, which settles the support. ``start`` is D before the first iteration. Returns the mask
-        and D. Each iteration takes one product [rows, n]·[n, n].
+        multiplier; ρ grows, after ``repeats`` iterations each, which settles the support. ``start`` is D before the
+        first iteration. Returns the mask and D. Each iteration takes one product [rows, n]·[n, n].
         """
         kept, mask = start, start != 0
         multiplier = torch.zeros_like(start)
-        last = len(self.penalties) - 1
-        for iteration, penalty in enumerate(self.penalties):
+        penalties = [penalty for penalty in self.penalties for _ in range(repeats)]
+        last = len(penalties) - 1
+        for iteration, penalty in enumerate(penalties):
             shifted = self.relax(kept, multiplier, penalty).add_(multiplier, alpha=1 / penalty)
             scores = shifted.abs()
             mask = keep_top(scores, count) if iteration == last else keep_about(scores, count)
@@ -195,9 +195,9 @@ class SupportSearch:
             energy = new_energy
         return solution
 
-    def solve(self, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, count: int, start: Tensor, repeats: int = REPEATS) -> tuple[Tensor, Tensor]:
         """X [rows, n] with ``count`` non-zeros, and its mask: support by ADMM, then least squares on it."""
-        mask, kept = self.select_support(count, start)
+        mask, kept = self.select_support(count, start, repeats)
         return self.fit(mask, kept), mask
 
 

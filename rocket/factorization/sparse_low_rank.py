@@ -25,13 +25,13 @@ class Deflated(SupportSearch):
 
     With atoms orthonormal in N (B N Bᵀ = I) and U = N Bᵀ, the best A is (T - X) U, and the error that remains is
     tr((T - X) N' (T - X)ᵀ) with N' = N - U Uᵀ: the quadratic of a sparse layer whose inputs have lost k directions.
-    (N' + ρI)⁻¹ comes from (N + ρI)⁻¹ by the formula of Woodbury. ``repeats`` are the iterations with each penalty: the
-    error goes on falling with them, as support and atoms follow each other.
+    (N' + ρI)⁻¹ comes from (N + ρI)⁻¹ by the formula of Woodbury.
     """
 
-    def __init__(self, scaled: ScaledProblem, rank: int, repeats: int) -> None:
+    penalties = PENALTIES
+
+    def __init__(self, scaled: ScaledProblem, rank: int) -> None:
         super().__init__(scaled.gram, scaled.inverses)
-        self.penalties = [penalty for penalty in PENALTIES for _ in range(repeats)]
         self.target = scaled.weight
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(rank, len(scaled.gram), generator=generator)
@@ -81,9 +81,13 @@ class Deflated(SupportSearch):
         thin = torch.linalg.solve(inner, right @ spread, left=False)
         return torch.addmm(self.target, right, inverse).addmm_(thin, spread.T)
 
-    def decompose(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """X [out, in] with ``count`` non-zeros, its mask, and A [out, k]."""
-        mask, kept = self.select_support(count, self.target)
+    def decompose(self, count: int, repeats: int) -> tuple[Tensor, Tensor, Tensor]:
+        """X [out, in] with ``count`` non-zeros, its mask, and A [out, k]; only once, as the atoms have moved then.
+
+        ``repeats`` are the iterations with each penalty: the error goes on falling with them, as support and atoms
+        follow each other.
+        """
+        mask, kept = self.select_support(count, self.target, repeats)
         sparse = self.fit(mask, kept)
         for _ in range(LAST_TURNS):
             self._turn(self.target - sparse)

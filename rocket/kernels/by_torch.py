@@ -42,7 +42,7 @@ def packed_linears(
     outputs = []
     parts = zip(values, scales, masks, offsets, biases, dictionaries, dictionary_scales, columns, strict=True)
     for value, scale, mask, starts, bias, dictionary, dictionary_scale, cols in parts:
-        operands.check_columns(dictionary, dictionary_scale, cols, x.shape[-1])
+        operands.check_dictionary(dictionary, dictionary_scale, cols, x.shape[-1])
         if dictionary is None:
             output = torch.ops.rocket.sparse_linear(x, value, mask, starts, cols, bias, scale)
         else:

@@ -283,7 +283,9 @@ static void barrier() {
 class Prepared {
 public:
     Prepared(const Kernels& kernels, const void* x, int64_t batch, int64_t cols, int64_t item)
-        : shape_(kernels, batch, cols, item), copy_(shape_.as_is ? 0 : shape_.bytes), x_(shape_.as_is ? x : copy_.data()) {
+        : shape_(kernels, batch, cols, item),
+          copy_(shape_.as_is ? 0 : shape_.bytes),
+          x_(shape_.as_is ? x : copy_.data()) {
         if (copy_.data()) kernels.prepare(x, cols, batch, cols, copy_.data(), shape_.rows, shape_.stride);
     }
     bool failed() const { return copy_.failed(); }
@@ -311,10 +313,10 @@ EXPORT int rocket_dense_linear(int path, int type, int threads, const void* x, i
     if (bad(path, type)) return BAD_REQUEST;
     if (batch == 0) return OK;
     const Kernels kernels = kernels_of(path, type, scale, batch);
-    const Prepared outer(kernels, x, batch, cols, size_of(type));
-    if (outer.failed()) return NO_MEMORY;
-    const Product product{weight,    scale,          type,  nullptr, nullptr, rows, cols,
-                          outer.x(), outer.stride(), batch, bias,    y,       rows};
+    const Prepared prepared(kernels, x, batch, cols, size_of(type));
+    if (prepared.failed()) return NO_MEMORY;
+    const Product product{weight,       scale,             type,  nullptr, nullptr, rows, cols,
+                          prepared.x(), prepared.stride(), batch, bias,    y,       rows};
     const Shares shares(&product, 1, scale ? 1 : size_of(type));
     parallel(shares.threads(threads), [&](int id, int count) { shares.each(id, count, kernels.rows); });
     return OK;
@@ -348,16 +350,20 @@ struct Hidden {
 static int check(const Part& part, bool int8, int64_t in) {
     const bool factored = part.rank >= 0;
     if (part.offsets[0] < 0 || part.offsets[part.rows] > part.nnz) return BAD_OFFSETS;
-    if (!part.scale == int8 || (factored && !part.dictionary_scale == int8)) return BAD_REQUEST;
+    // What has no rows may have no scale either: nothing points to an empty tensor.
+    if (part.rows > 0 && !part.scale == int8) return BAD_REQUEST;
+    if (part.rank > 0 && !part.dictionary_scale == int8) return BAD_REQUEST;
     return part.cols == (factored ? part.rank : in) || (factored && part.cols == part.rank + in) ? OK : BAD_REQUEST;
 }
 
-// y = x Wᵀ + bias of `number` matrices, in one pass over all dictionaries and one over all that is sparse. x Dᵀ is rounded
-// to the type of x, so that the result is that of the two products one after the other. All have scales, or none has.
+// y = x Wᵀ + bias of `number` matrices, in one pass over all dictionaries and one over all that is sparse. x Dᵀ is
+// rounded to the type of x, so that the result is that of the two products one after the other. All have scales, or
+// none has.
 EXPORT int rocket_packed_linears(int path, int type, int threads, const void* x, int64_t batch, int64_t in,
                                  const Part* parts, int64_t number) {
     if (bad(path, type)) return BAD_REQUEST;
-    const bool int8 = number && parts[0].scale;
+    bool int8 = false;
+    for (int64_t i = 0; i < number; i++) int8 = int8 || parts[i].scale || parts[i].dictionary_scale;
     for (int64_t i = 0; i < number; i++)
         if (const int status = check(parts[i], int8, in)) return status;
     if (batch == 0 || number == 0) return OK;

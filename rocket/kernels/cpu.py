@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,24 @@ SCRATCH_BYTES = 8 << 20
 """Weights expanded at a time for larger batches: few enough to stay in cache, and in memory that the allocator keeps,
 until they are multiplied; many enough for a product at full speed."""
 
-Part: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""A packed matrix: values, scale or None, mask, offsets, bias or None, dictionary or None, its scale or None."""
 
-PART_TENSORS = 7
+class Part(NamedTuple):
+    """The tensors of a packed matrix, and of the dictionary before it, if there is one."""
+
+    values: Tensor
+    scale: Tensor | None
+    mask: Tensor
+    offsets: Tensor
+    bias: Tensor | None = None
+    dictionary: Tensor | None = None
+    dictionary_scale: Tensor | None = None
+
+    def types(self) -> set[tuple[torch.dtype, torch.dtype]]:
+        """Of its matrices: how their values are stored, and what they are multiplied in."""
+        found = {(self.values.dtype, operands.value_type(self.values, self.scale))}
+        if self.dictionary is not None:
+            found.add((self.dictionary.dtype, operands.value_type(self.dictionary, self.dictionary_scale)))
+        return found
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -66,7 +80,7 @@ def sparse_linear(
             return _expand_into(scratch, kernels, values, mask[first:last], offsets[first : last + 1], part)
 
         return _expanded_linear(x, mask.shape[0], rows_of_weights, bias)
-    return PackedProducts(kernels, [(values, scale, mask, offsets, bias, None, None)], [cols], cols)(x)[0]
+    return PackedProducts(kernels, [Part(values, scale, mask, offsets, bias)], [cols], cols)(x)[0]
 
 
 def packed_linears(
@@ -84,15 +98,15 @@ def packed_linears(
     kernels = kernels_for(x.dtype)
     if kernels is None or rows_of(x) > MAX_KERNEL_BATCH or not masks:
         return by_torch.packed_linears(x, *parts, columns)
-    return PackedProducts(kernels, zip(*parts, strict=True), columns, x.shape[-1])(x)
+    return PackedProducts(kernels, map(Part, *parts), columns, x.shape[-1])(x)
 
 
 class PackedProducts:
     """Products of one x with several packed matrices: the arguments checked, their pointers laid out, once for all x.
 
     x has ``in_features`` columns, and so have matrices without a dictionary; with one, they have its rank, or both.
-    ``columns`` tells which, matrix by matrix. All values are of one kind. The tensors are not kept: before a call it
-    must be seen (`are_of`) that they are still where they were. Safe to call from several threads at a time.
+    ``columns`` tells which, matrix by matrix. All values are of one kind. The tensors are not kept: before another call
+    it must be seen that they are where they were (`places`). Safe to call from several threads at a time.
     """
 
     def __init__(
@@ -101,8 +115,7 @@ class PackedProducts:
         self._kernels = kernels
         self._in_features = in_features
         self._outputs: list[int] = []
-        tensors: list[Tensor | None] = []
-        types = set()
+        types: set[tuple[torch.dtype, torch.dtype]] = set()
         fields: list[int] = []
         for part, cols in zip(parts, columns, strict=True):
             values, scale, mask, offsets, bias, dictionary, dictionary_scale = part
@@ -110,24 +123,16 @@ class PackedProducts:
             operands.check_sparse(mask, offsets, cols)
             operands.check_scale(values, scale, out)
             operands.check_bias(bias, operands.value_type(values, scale), out)
-            operands.check_columns(dictionary, dictionary_scale, cols, in_features)
-            types.add((values.dtype, operands.value_type(values, scale)))
-            if dictionary is not None:
-                types.add((dictionary.dtype, operands.value_type(dictionary, dictionary_scale)))
-            fields += (pointer(tensor) for tensor in (values, scale, mask, offsets))
-            fields += (values.numel(), out, cols, pointer(bias))
-            fields += (pointer(dictionary), pointer(dictionary_scale), -1 if dictionary is None else len(dictionary), 0)
-            tensors += part
+            operands.check_dictionary(dictionary, dictionary_scale, cols, in_features)
+            types |= part.types()
+            rank = -1 if dictionary is None else len(dictionary)
+            fields += (pointer(values), pointer(scale), pointer(mask), pointer(offsets), values.numel(), out, cols)
+            fields += (pointer(bias), pointer(dictionary), pointer(dictionary_scale), rank, 0)
             self._outputs.append(out)
         if len(types) != 1:
             raise ValueError(f"matrices of one product must have values of one type, got {types}")
         ((_, self._type),) = types
         self._fields = library.parts(fields)
-        self._seen = _seen(tensors)
-
-    def are_of(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether the tensors of all parts, in order, lie where those lay that the products are of."""
-        return _seen(tensors) == self._seen
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x Wᵀ + bias of each part, for x [..., in_features]. Raises ValueError if x does not fit."""
@@ -148,26 +153,26 @@ class PackedProducts:
         return outputs
 
 
-def prepare(tensors: Sequence[Any], columns: Sequence[int], in_features: int) -> PackedProducts | None:
-    """The products with matrices whose tensors these are, part after part.
+def prepare(parts: Sequence[Part], columns: Sequence[int], in_features: int) -> PackedProducts | None:
+    """The products, or None where they cannot be one call of the kernels.
 
-    None where they cannot be one call of the kernels: there are none, tensors are elsewhere or not plain, or their
-    types differ.
+    There are none, tensors are elsewhere or not plain, their types differ, or they do not fit together.
     """
-    parts: list[Any] = [tensors[first : first + PART_TENSORS] for first in range(0, len(tensors), PART_TENSORS)]
-    types = {(part[0].dtype, operands.value_type(part[0], part[1])) for part in parts}
-    types |= {(part[5].dtype, operands.value_type(part[5], part[6])) for part in parts if part[5] is not None}
+    types = set().union(*(part.types() for part in parts))
     kernels = kernels_for(next(iter(types))[1])
-    if kernels is None or len(types) > 1 or any(map(_out_of_reach, tensors)):
+    if kernels is None or any(_out_of_reach(tensor) for part in parts for tensor in part):
         return None
-    return PackedProducts(kernels, parts, columns, in_features)
+    try:
+        return PackedProducts(kernels, parts, columns, in_features)
+    except ValueError:
+        return None
 
 
 def _out_of_reach(tensor: Tensor | None) -> bool:
     return tensor is not None and not (tensor.is_cpu and operands.is_plain(tensor))
 
 
-def _seen(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
+def places(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
     """What tells that pointers to tensors can be used again: their addresses, sizes and types."""
     return tuple(None if tensor is None else (tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in tensors)
 
@@ -188,7 +193,7 @@ def factor_linear(
         return by_torch.factor_linear(x, dictionary, values, mask, offsets, bias, dictionary_scale, scale, beside_input)
     rank, in_features = dictionary.shape
     columns = rank + in_features if beside_input else rank
-    part = values, scale, mask, offsets, bias, dictionary, dictionary_scale
+    part = Part(values, scale, mask, offsets, bias, dictionary, dictionary_scale)
     return PackedProducts(kernels, [part], [columns], in_features)(x)[0]
 
 

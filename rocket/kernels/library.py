@@ -28,7 +28,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {
     1: "offsets and values disagree: offsets must be row_offsets(mask), and its last entry the number of values",
     2: "out of memory",
-    3: "this processor or this build has no such kernel",
+    3: "this processor or this build has no such kernel, or matrices of one product do not fit together",
 }
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p

@@ -44,16 +44,17 @@ def check_sparse(mask: Tensor, offsets: Tensor, cols: int) -> None:
         )
 
 
-def check_columns(dictionary: Tensor | None, scale: Tensor | None, cols: int, in_features: int) -> None:
-    """Of a sparse matrix behind a dictionary [rank, in], or without one."""
+def check_dictionary(dictionary: Tensor | None, scale: Tensor | None, cols: int, in_features: int) -> None:
+    """Of a sparse matrix with ``cols`` columns behind a dictionary [rank, in], or without one."""
     if dictionary is None:
         if cols != in_features:
             raise ValueError(f"a matrix of {cols} columns does not multiply x of {in_features}")
+        if scale is not None:
+            raise ValueError("there is a scale for a dictionary, and no dictionary")
         return
-    if dictionary.shape[1] != in_features or cols not in (len(dictionary), len(dictionary) + in_features):
-        raise ValueError(
-            f"dictionary is {list(dictionary.shape)}; x has {in_features} columns, the matrix behind it {cols}"
-        )
+    shape = dictionary.shape
+    if len(shape) != 2 or shape[1] != in_features or cols not in (shape[0], shape[0] + in_features):
+        raise ValueError(f"dictionary is {list(shape)}; x has {in_features} columns, the matrix behind it {cols}")
     check_scale(dictionary, scale, len(dictionary))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ class SharedInput:
         self._factored = [layer.spec.rank > 0 for layer in layers]
         self._pending: _Pending | None = None
         self._products: cpu.PackedProducts | None = None
+        self._places: tuple[object, ...] = ()
         self._slots = [slot for layer in layers for slot in layer.slots()]
         for index, layer in enumerate(layers):
             layer.shared_input, layer.place = self, index
@@ -68,39 +68,42 @@ class SharedInput:
         compiling = torch.compiler.is_compiling()
         if not compiling and operands.rows_of(inputs) > cpu.MAX_KERNEL_BATCH:
             return None  # a compiled graph is one for any number of rows, and the op looks at them itself
-        tensors: list[Any] = [store.get(name) for store, name in self._slots]
+        tensors = [store.get(name) for store, name in self._slots]
         if ops.direct(inputs):
-            if self._products is None or not self._products.are_of(tensors):
-                whole = self._are_whole(tensors)
-                self._products = cpu.prepare(tensors, self._columns, self._in_features) if whole else None
+            if (places := cpu.places(tensors)) != self._places:
+                parts = self._parts(tensors)
+                self._products = None if parts is None else cpu.prepare(parts, self._columns, self._in_features)
+                self._places = places
             return None if self._products is None else self._products(inputs)
-        if len(self._layers) == 1:
+        parts = self._parts(tensors)
+        if len(self._layers) == 1 or parts is None or not all(_take_part(part, inputs) for part in parts):
             return None
         if not compiling and torch._C._is_tracing():  # TorchScript knows no list of optional tensors
             return None
-        values, scales, masks, offsets, biases, dictionaries, dictionary_scales = (
-            tensors[kind :: cpu.PART_TENSORS] for kind in range(cpu.PART_TENSORS)
+        return ops.packed_linears(
+            inputs,
+            [part.values for part in parts],
+            [part.scale for part in parts],
+            [part.mask for part in parts],
+            [part.offsets for part in parts],
+            [part.bias for part in parts],
+            [part.dictionary for part in parts],
+            [part.dictionary_scale for part in parts],
+            self._columns,
         )
-        if not self._are_whole(tensors) or not all(map(operands.is_plain, offsets)):
-            return None
-        for value, scale in zip((*values, *dictionaries), (*scales, *dictionary_scales), strict=True):
-            if value is None:
-                continue
-            if not operands.is_plain(value) or value.device != inputs.device:
-                return None
-            if operands.value_type(value, scale) != inputs.dtype:
-                return None
-        kinds = values, scales, masks, offsets, biases, dictionaries, dictionary_scales
-        return ops.packed_linears(inputs, *kinds, self._columns)
 
-    def _are_whole(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether each layer has its tensors, and where it should: a parametrized one has not."""
+    def _parts(self, tensors: Sequence[Tensor | None]) -> list[cpu.Part] | None:
+        """The layers' tensors, layer by layer; None if one is not where it should be (a parametrized one is not)."""
+        if not all(name in store for store, name in self._slots if name == "bias"):
+            return None
+        parts = []
         for layer, factored in enumerate(self._factored):
-            first = layer * cpu.PART_TENSORS
-            values, _, mask, offsets, _, dictionary, _ = tensors[first : first + cpu.PART_TENSORS]
-            if values is None or mask is None or offsets is None or (factored and dictionary is None):
-                return False
-        return True
+            first = layer * len(cpu.Part._fields)
+            values, scale, mask, offsets, bias, *dictionary = tensors[first : first + len(cpu.Part._fields)]
+            if values is None or mask is None or offsets is None or (factored and dictionary[0] is None):
+                return None
+            parts.append(cpu.Part(values, scale, mask, offsets, bias, *dictionary))
+        return parts
 
     def dissolve(self) -> None:
         """Let the layers go their own ways."""
@@ -133,6 +136,18 @@ def share_inputs(model: nn.Module) -> None:
     for layers in groups.values():
         if len(layers) > 1 or layers[0].weight.is_cpu:
             SharedInput(layers)
+
+
+def _take_part(part: cpu.Part, inputs: Tensor) -> bool:
+    """Whether the op for several matrices may have these: plain, where the input is, and with no gradient wanted."""
+    for tensor in part:
+        if tensor is None:
+            continue
+        if not operands.is_plain(tensor) or tensor.device != inputs.device:
+            return False
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
+    return {dtype for _, dtype in part.types()} == {inputs.dtype}
 
 
 def _version(inputs: Tensor) -> int:

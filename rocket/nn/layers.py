@@ -268,13 +268,13 @@ class PackedLinear(CompressedLinear):
     place: int = 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        inputs = self._cast(inputs)
+        given, inputs = inputs, self._cast(inputs)
         offsets = self.offsets
         if offsets is None or not self._by_kernels(inputs):
             return F.linear(self._coordinates(inputs), self.matrix("weight"), self.bias)
         if self.macko is not None and inputs.shape[:-1].numel() == 1:
             return macko.linear(self.macko, self._coordinates(inputs), self.bias)
-        if self.shared_input is not None:
+        if self.shared_input is not None and inputs is given:
             output = self.shared_input.product(self, inputs)
             if output is not None:
                 return output
@@ -289,7 +289,7 @@ class PackedLinear(CompressedLinear):
         raise NotImplementedError
 
     def slots(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
-        """Where the tensors of `kernels.cpu.Part` are kept: read there without the detour of a module's attributes."""
+        """Where the tensors of `kernels.cpu.Part` are kept, in its order: read without the detour of attributes."""
         parameters, buffers = self._parameters, self._buffers
         return [
             *((parameters, "weight"), (parameters, "weight_scale")),
@@ -323,7 +323,7 @@ class SparseLinear(PackedLinear):
 
 
 class FactorizedLinear(PackedLinear):
-    """W = S · dictionary, with ``dictionary`` [rank, in] dense and S [out, rank], the coefficients."""
+    """W = S · dictionary, with ``dictionary`` [rank, in] dense and S [out, rank], the paper's coefficients C."""
 
     form = "dictionary"
 

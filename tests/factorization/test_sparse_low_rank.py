@@ -32,7 +32,7 @@ def squared_error(scaled: ScaledProblem, approximation: torch.Tensor) -> float:
 
 
 def test_atoms_are_orthonormal_in_the_gram_matrix(scaled):
-    deflated = Deflated(scaled, RANK, repeats=1)
+    deflated = Deflated(scaled, RANK)
     for _ in range(3):
         gram = deflated.atoms @ scaled.gram @ deflated.atoms.T
         torch.testing.assert_close(gram, torch.eye(RANK), atol=1e-5, rtol=0)
@@ -41,7 +41,7 @@ def test_atoms_are_orthonormal_in_the_gram_matrix(scaled):
 
 
 def test_the_deflated_quadratic_is_the_error_at_the_best_coefficients(scaled):
-    deflated = Deflated(scaled, RANK, repeats=1)
+    deflated = Deflated(scaled, RANK)
     sparse = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
     root = np.linalg.cholesky(scaled.gram.double().numpy())
     rest = (scaled.weight - sparse).double().numpy() @ root
@@ -53,7 +53,7 @@ def test_the_deflated_quadratic_is_the_error_at_the_best_coefficients(scaled):
 
 
 def test_relaxing_solves_its_normal_equations(scaled):
-    deflated = Deflated(scaled, RANK, repeats=1)
+    deflated = Deflated(scaled, RANK)
     generator = torch.Generator().manual_seed(0)
     kept, multiplier = (torch.randn(OUT, IN, generator=generator) for _ in range(2))
     gram, images = scaled.gram.double().numpy(), deflated.images.double().numpy()
@@ -67,7 +67,7 @@ def test_the_atoms_of_nothing_sparse_are_the_leading_singular_vectors():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(60, 5, generator=generator) @ torch.randn(5, 20, generator=generator)
     ones = torch.ones(60, dtype=torch.float64)
-    deflated = Deflated(ScaledProblem(weight, torch.eye(20), ones, ones[:20]), 5, repeats=1)
+    deflated = Deflated(ScaledProblem(weight, torch.eye(20), ones, ones[:20]), 5)
     torch.testing.assert_close(weight @ deflated.images @ deflated.atoms, weight, rtol=1e-4, atol=1e-4)
 
 
@@ -75,8 +75,8 @@ def test_the_atoms_of_nothing_sparse_are_the_leading_singular_vectors():
 def test_what_was_planted_is_found(correlation):
     distance = (torch.arange(48)[:, None] - torch.arange(48)).abs()
     scaled = planted(correlation ** distance.float(), rank=2, kept=400)
-    deflated = Deflated(scaled, 2, repeats=12)
-    sparse, mask, coefficients = deflated.decompose(400)
+    deflated = Deflated(scaled, 2)
+    sparse, mask, coefficients = deflated.decompose(400, repeats=12)
     assert int(mask.sum()) == 400
     assert not sparse[~mask].any()
     alone, _ = scaled.sparsify(400 + 2 * (48 + 96))
@@ -86,14 +86,14 @@ def test_what_was_planted_is_found(correlation):
 def test_more_iterations_err_less(scaled):
     errors = []
     for repeats in (1, 4, 12):
-        deflated = Deflated(scaled, RANK, repeats)
-        sparse, _, coefficients = deflated.decompose(600)
+        deflated = Deflated(scaled, RANK)
+        sparse, _, coefficients = deflated.decompose(600, repeats)
         errors.append(squared_error(scaled, sparse + coefficients @ deflated.atoms))
     assert errors == sorted(errors, reverse=True)
 
 
 def test_a_layer_of_zeros_stays_one():
     ones = torch.ones(8, dtype=torch.float64)
-    deflated = Deflated(ScaledProblem(torch.zeros(8, 6), torch.eye(6), ones, ones[:6]), 2, repeats=2)
-    sparse, _, coefficients = deflated.decompose(10)
+    deflated = Deflated(ScaledProblem(torch.zeros(8, 6), torch.eye(6), ones, ones[:6]), 2)
+    sparse, _, coefficients = deflated.decompose(10, repeats=2)
     assert not (sparse + coefficients @ deflated.atoms).any()

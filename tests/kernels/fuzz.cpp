@@ -107,7 +107,8 @@ static void round(int path, int type, bool guarded, double tolerance) {
     Buffer values(nnz * int64_t(sizeof(V)), guarded), x(batch * cols * item, guarded), u(batch * in * item, guarded);
     Buffer bias(rows * item, guarded), dictionary(cols * in * int64_t(sizeof(V)), guarded);
     Buffer expanded(rows * cols * item, guarded), dense(rows * cols * int64_t(sizeof(V)), guarded);
-    Buffer y(batch * rows * item, guarded), z(batch * rows * item, guarded), w(batch * rows * item, guarded), h(batch * cols * item, guarded);
+    Buffer y(batch * rows * item, guarded), z(batch * rows * item, guarded), w(batch * rows * item, guarded);
+    Buffer h(batch * cols * item, guarded);
     if (nnz) memcpy(values.as<char>(), kept.data(), size_t(nnz) * sizeof(V));
     fill(x.as<T>(), batch * cols);
     fill(u.as<T>(), batch * in);
@@ -170,9 +171,15 @@ static void round(int path, int type, bool guarded, double tolerance) {
     fill(direct.as<T>(), batch * rest);
     parts[0].dictionary = atoms.as<V>();
     parts[0].rank = rank;
+    Buffer empty(rows * words_of(rest) * 8, guarded), starts((rows + 1) * 8, guarded);
+    memset(empty.as<char>(), 0, size_t(rows * words_of(rest) * 8));
+    memset(starts.as<char>(), 0, size_t((rows + 1) * 8));
     parts[1] = whole;
-    parts[1].rows = 0;
     parts[1].cols = rest;
+    parts[1].mask = empty.as<uint8_t>();
+    parts[1].offsets = starts.as<int64_t>();
+    parts[1].nnz = 0;
+    parts[1].y = w.as<T>();
     status = rocket_packed_linears(path, type, threads, direct.as<T>(), batch, rest, parts, 2);
     status |= rocket_dense_linear(path, type, 1, direct.as<T>(), batch, rest, atoms.as<V>(), dictionary_scale, rank,
                                   nullptr, own.as<T>());
@@ -182,6 +189,7 @@ static void round(int path, int type, bool guarded, double tolerance) {
     }
     status |= rocket_packed_linears(path, type, 1, h.as<T>(), batch, cols, &parts[2], 1);
     same = status == OK && (batch == 0 || memcmp(y.as<char>(), z.as<char>(), size_t(batch * rows * item)) == 0);
+    for (int64_t i = 0; i < batch * rows; i++) same &= to_float(w.as<T>()[i]) == (b ? to_float(b[i % rows]) : 0.0f);
     expect(same, "packed_linears beside their input", path, type, rows, cols, batch);
 
     parts[0].cols = cols + 1;

@@ -307,6 +307,11 @@ def test_empty_matrices(path: str) -> None:
             assert torch.equal(ops.sparse_linear(x, *sparse, cols, bias), F.linear(x, weight, bias))
             assert torch.equal(ops.dense_linear(x, weight, bias), F.linear(x, weight, bias))
             assert ops.expand(*sparse, cols).shape == (out, cols)
+            mask = bitmap.pack_mask(torch.ones(out, cols, dtype=torch.bool))
+            packed = Quantized.of(weight, torch.ones(out, cols, dtype=torch.bool), torch.float32)
+            parts = packed.packed, mask, bitmap.row_offsets(mask)
+            y = ops.sparse_linear(x, *parts, cols, bias, packed.scale)
+            assert torch.equal(y, F.linear(x, ops.expand(*parts, cols, packed.scale), bias))
         empty = Sparse.of(torch.zeros(4, 0), torch.zeros(4, 0, dtype=torch.bool))
         assert torch.equal(ops.factor_linear(torch.randn(2, 3), torch.zeros(0, 3), *empty), torch.zeros(2, 4))
 
@@ -443,6 +448,7 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="values of one type"):
         ops.packed_linears(torch.randn(1, 70), mixed, scales, masks, offsets, nothing, nothing, nothing, [70, 70])
     for dictionary, columns, message in (
+        (torch.randn(69), 69, r"dictionary is \[69\]; x has 69 columns, the matrix behind it 70"),
         (None, 69, "a matrix of 70 columns does not multiply x of 69"),
         (torch.randn(70, 68), 69, r"dictionary is \[70, 68\]; x has 69 columns, the matrix behind it 70"),
         (torch.randn(2, 69), 69, r"dictionary is \[2, 69\]; x has 69 columns, the matrix behind it 70"),

@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 import rocket
@@ -210,13 +211,21 @@ def parametrize_weight(layer):
 
 
 def parametrize_dictionary(layer):
-    if layer.spec.rank:
-        torch.nn.utils.parametrize.register_parametrization(layer, "dictionary", Doubled())
+    if not layer.spec.rank:
+        pytest.skip("the layer has no dictionary")
+    torch.nn.utils.parametrize.register_parametrization(layer, "dictionary", Doubled())
 
 
 def set_dictionary_in_place(layer):
-    if layer.spec.rank:
-        layer.dictionary.data.mul_(2.0)
+    if not layer.spec.rank:
+        pytest.skip("the layer has no dictionary")
+    layer.dictionary.data.mul_(2.0)
+
+
+def prune_bias(layer):
+    if layer.bias is None:
+        pytest.skip("the layer has no bias")
+    prune.random_unstructured(layer, "bias", 0.5)
 
 
 class Doubled(torch.nn.Module):
@@ -230,7 +239,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, parametrize_weight, parametrize_dictionary])
+@pytest.mark.parametrize("change", [*CHANGES, parametrize_weight, parametrize_dictionary, prune_bias])
 def test_changed_tensors_count(group, change):
     first, second = group.layers[:2]
     x = torch.randn(1, first.in_features)
@@ -239,6 +248,24 @@ def test_changed_tensors_count(group, change):
     x = torch.randn(1, first.in_features)
     for layer in (first, second):
         torch.testing.assert_close(out_of(layer, x), plain(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_trains_does_not_make_its_mates_train(group):
+    first, second = group.layers[:2]
+    first.requires_grad_(False)
+    x = torch.randn(1, first.in_features)
+    torch.testing.assert_close(first(x), plain(first, x), rtol=1e-5, atol=1e-5)
+    assert not first(x).requires_grad
+    assert second(x).requires_grad
+
+
+def test_a_layer_whose_tensors_do_not_fit_fails_alone(group):
+    first, second = group.layers[:2]
+    second.weight_scale = torch.nn.Parameter(torch.ones(3))
+    x = torch.randn(1, first.in_features)
+    torch.testing.assert_close(out_of(first, x), plain(first, x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="int8 needs a scale"):
+        out_of(second, x)
 
 
 def test_a_weight_that_is_no_plain_memory_any_more(group, make_odd):

@@ -154,9 +154,9 @@ class PackedProducts:
 
 
 def prepare(parts: Sequence[Part], columns: Sequence[int], in_features: int) -> PackedProducts | None:
-    """The products, or None where they cannot be one call of the kernels.
+    """The products; None where they cannot be one call of the kernels.
 
-    There are none, tensors are elsewhere or not plain, their types differ, or they do not fit together.
+    That is where there are no kernels, or where tensors are elsewhere, not plain, of several types, or do not fit.
     """
     types = set().union(*(part.types() for part in parts))
     kernels = kernels_for(next(iter(types))[1])

@@ -372,7 +372,7 @@ def test_healing(write_config, text_file):
     assert not list((root / "healing").iterdir())
     card = (summary.path / "README.md").read_text()
     assert "healed by a short fine-tune" in card
-    assert f"{perplexity:.4g}" in card
+    assert f"{perplexity:.2f}" in card
 
     lines = len(logged(path))
     assert run(path).healed == summary.healed

@@ -98,7 +98,8 @@ def packed_linears(
     kernels = kernels_for(x.dtype)
     if kernels is None or rows_of(x) > MAX_KERNEL_BATCH or not masks:
         return by_torch.packed_linears(x, *parts, columns)
-    return PackedProducts(kernels, map(Part, *parts), columns, x.shape[-1])(x)
+    together = (Part(*part) for part in zip(*parts, strict=True))
+    return PackedProducts(kernels, together, columns, x.shape[-1])(x)
 
 
 class PackedProducts:

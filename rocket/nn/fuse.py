@@ -75,10 +75,12 @@ class SharedInput:
                 self._products = None if parts is None else cpu.prepare(parts, self._columns, self._in_features)
                 self._places = places
             return None if self._products is None else self._products(inputs)
-        parts = self._parts(tensors)
-        if len(self._layers) == 1 or parts is None or not all(_take_part(part, inputs) for part in parts):
+        if len(self._layers) == 1:
             return None
         if not compiling and torch._C._is_tracing():  # TorchScript knows no list of optional tensors
+            return None
+        parts = self._parts(tensors)
+        if parts is None or not all(_take_part(part, inputs) for part in parts):
             return None
         return ops.packed_linears(
             inputs,

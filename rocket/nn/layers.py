@@ -69,11 +69,11 @@ class CompressedLinear(nn.Module):
 
     ``dictionary`` [rank, in] and ``weight`` are the matrices that make up W, those of the form; ``mask`` is there where
     ``weight`` is sparse, with ``mask_columns`` columns that are not padding. With ``beside_input`` its last columns
-    multiply the input itself. With the precision int8 their values are
-    that, and ``weight_scale`` [out] and ``dictionary_scale`` [rank] lie beside them; none of these takes a gradient
-    (`rocket heal` trains what they stand for). ``precisions`` are those that the form can have. ``uses_kernels`` tells
-    whether products go through `kernels.ops`. ``replaces`` is the class of the layer whose place this one took.
-    ``macko`` is the sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
+    multiply the input itself. With the precision int8 their values are that, and ``weight_scale`` [out] and
+    ``dictionary_scale`` [rank] lie beside them; none of these takes a gradient (`rocket heal` trains what they stand
+    for). ``precisions`` are those that the form can have. ``uses_kernels`` tells whether products go through
+    `kernels.ops`. ``replaces`` is the class of the layer whose place this one took. ``macko`` is the
+    sparse matrix in MACKO's format too, where that backend was asked for (`use_macko`).
     """
 
     form: str

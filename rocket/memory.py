@@ -36,10 +36,10 @@ FORMS_HOLD = {
     "low_rank": ((4.0, 12.0), (3.0, 5.0)),
     "dictionary": ((4.0, 17.0), (3.0, 8.0)),
     "sparse": ((4.5, 12.0), (4.5, 9.0)),
-    "sparse_low_rank": ((5.0, 12.0), (5.5, 12.0)),
+    "sparse_low_rank": ((5.5, 12.0), (5.5, 12.0)),
 }
 KEEP_INVERSES = ("sparse", "sparse_low_rank")
-INVERSES = 4.0  # squares more for these forms, where several inverses are kept
+INVERSES = 6.0  # squares more for these forms, where several inverses are kept
 INT8_HOLDS = 6.0  # rectangles more, while rounding to int8 is measured: a layer's values three times in float64
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000

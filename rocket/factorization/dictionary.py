@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rocket.factorization.basis import Basis, positive
 from rocket.factorization.problem import LayerProblem
-from rocket.factorization.sparse import Quadratic, keep_top
+from rocket.factorization.sparse import SupportSearch, keep_top
 
 Thresholds = Literal["column", "matrix"]
 
@@ -162,8 +162,9 @@ def _refit(basis: Basis, coefficients: Tensor, count: int) -> tuple[Tensor, Tens
     atoms = atoms / norms
     gram, linear = atoms.T @ atoms, target.T @ atoms
     gram.diagonal().add_(ATOM_SHRINKAGE)
+    best = torch.cholesky_solve(linear.T, torch.linalg.cholesky(gram)).T
     start = (coefficients.float() * norms[:, None]).T.contiguous()
-    solution, mask = Quadratic(linear, gram).solve(count, start)
+    solution, mask = SupportSearch(best, gram).solve(count, start)
     fitted = solution.T.double()
     return mask.T, fitted / positive(fitted.norm(dim=1, keepdim=True))
 

@@ -1,8 +1,8 @@
 """Best sparse approximation under a quadratic error: which entries to keep, and their values.
 
-Everywhere the question is: minimise ½ tr(X N Xᵀ) - tr(X Bᵀ) over X [rows, n] with a given number of non-zeros, N [n, n]
-positive definite with unit diagonal, B [rows, n]. For a plain sparse layer X is the scaled weight and N the scaled Gram
-matrix of its inputs; for a dictionary X are the coefficients and N the Gram matrix of the atoms.
+Everywhere the question is: minimise tr((T - X) N (T - X)ᵀ) over X [rows, n] with a given number of non-zeros, T
+[rows, n], N [n, n] positive definite with unit diagonal. For a plain sparse layer T is the scaled weight and N the
+scaled Gram matrix of its inputs; for a dictionary T are its best coefficients and N is the Gram matrix of the atoms.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ SMALL = 100_000
 DAMPING = 1e-3
 ROWS_AT_ONCE = 2048
 KEPT_INVERSES = 8192
+COARSE_FROM = 256
+"""Inputs from which on ADMM's products are worth rounding to bfloat16."""
+
+
+def coarse_type(matrix: Tensor) -> torch.dtype:
+    """bfloat16 where the device multiplies large matrices of it faster than float32; else float32."""
+    if matrix.is_cuda:
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_faster = matrix.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_faster and matrix.shape[1] >= COARSE_FROM else torch.float32
 
 
 def keep_about(scores: Tensor, count: int) -> Tensor:
@@ -37,6 +49,9 @@ def keep_about(scores: Tensor, count: int) -> Tensor:
     if scores.numel() < SMALL or not 0 < rank < sample.numel():
         return keep_top(scores, count)
     return scores > sample.kthvalue(rank).values
+
+
+Inverses: TypeAlias = dict[tuple[float, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +69,13 @@ class ScaledProblem:
     column_scale: Tensor
 
     @cached_property
-    def quadratic(self) -> Quadratic:
-        return Quadratic(self.weight @ self.gram, self.gram)
-
-    @cached_property
-    def inverses(self) -> dict[float, Tensor]:
+    def inverses(self) -> Inverses:
         """What searches with this Gram matrix share (`SupportSearch`)."""
         return {}
 
     def sparsify(self, count: int, repeats: int = REPEATS) -> tuple[Tensor, Tensor]:
         """X [out, in] with ``count`` non-zeros and a small error, and its mask; ``repeats`` as in `select_support`."""
-        return self.quadratic.solve(count, self.weight, repeats)
+        return SupportSearch(self.weight, self.gram, self.inverses).solve(count, self.weight, repeats)
 
     def unscale(self, scaled: Tensor) -> Tensor:
         return scaled.double() / self.row_scale[:, None] / self.column_scale
@@ -110,42 +121,53 @@ def keep_top(scores: Tensor, count: int) -> Tensor:
 
 
 class SupportSearch:
-    """Which entries of X [rows, n] to keep, and their values, for a quadratic error with ``gram`` N [n, n].
+    """Which entries of X [rows, n] to keep, and their values, where tr((T - X) N (T - X)ᵀ) is the error.
 
-    What the error is, the subclasses say: `Quadratic`, and `sparse_low_rank.Deflated`. ``inverses`` keeps what ADMM
-    needs, (N + ρI)⁻¹ by ρ; it depends on neither the number of non-zeros nor the start, so searches with one N can
-    share it. Of a matrix beyond `KEPT_INVERSES` only the last one is kept. ``penalties`` are those of ADMM, ρ.
+    ``target`` is T [rows, n], ``gram`` N [n, n]. ``inverses`` keeps what ADMM needs, (N + ρI)⁻¹ by ρ; it depends on
+    neither the number of non-zeros nor the start, so searches with one N can share it. Of a matrix beyond
+    `KEPT_INVERSES` only that of the last ρ is kept. ``penalties`` are those of ADMM, ρ.
+
+    `sparse_low_rank.Deflated` has another error, and overrides what depends on it.
     """
 
     penalties: Sequence[float] = PENALTIES
 
-    def __init__(self, gram: Tensor, inverses: dict[float, Tensor] | None = None) -> None:
-        self.gram = gram
-        self._inverses = {} if inverses is None else inverses
+    def __init__(self, target: Tensor, gram: Tensor, inverses: Inverses | None = None) -> None:
+        self.target, self.gram = target, gram
+        self._inverses: Inverses = {} if inverses is None else inverses
 
-    def damped_inverse(self, penalty: float) -> Tensor:
+    def damped_inverse(self, penalty: float, dtype: torch.dtype) -> Tensor:
         """(N + ρI)⁻¹ [n, n]."""
-        if penalty not in self._inverses:
-            if len(self.gram) > KEPT_INVERSES:
+        if (penalty, dtype) not in self._inverses:
+            if len(self.gram) > KEPT_INVERSES and (penalty, torch.float32) not in self._inverses:
                 self._inverses.clear()
-            # In columns, as LAPACK wants it: inverted in place, as a wide layer's matrix takes gigabytes.
-            damped = torch.empty_like(self.gram, memory_format=torch.contiguous_format).T
-            damped.copy_(self.gram).diagonal().add_(penalty)
-            torch.linalg.cholesky(damped, out=damped)
-            self._inverses[penalty] = torch.cholesky_inverse(damped, out=damped)
-        return self._inverses[penalty]
+            exact = self._inverses.get((penalty, torch.float32))
+            self._inverses[penalty, dtype] = (self._invert(penalty) if exact is None else exact).to(dtype)
+        return self._inverses[penalty, dtype]
+
+    def _invert(self, penalty: float) -> Tensor:
+        # In columns, as LAPACK wants it: inverted in place, as a wide layer's matrix takes gigabytes.
+        damped = torch.empty_like(self.gram, memory_format=torch.contiguous_format).T
+        damped.copy_(self.gram).diagonal().add_(penalty)
+        torch.linalg.cholesky(damped, out=damped)
+        return torch.cholesky_inverse(damped, out=damped)
 
     def times_gram(self, matrix: Tensor) -> Tensor:
         """X N for X [rows, n], with the N of the error."""
         return matrix @ self.gram
 
-    def slope(self, solution: Tensor) -> Tensor:
-        """Minus the gradient of the error at X, halved: [rows, n]."""
-        raise NotImplementedError
+    def times_inverse(self, matrix: Tensor, penalty: float) -> Tensor:
+        """X (N + ρI)⁻¹ for X [rows, n], with the N of the error, in the precision of `coarse_type`."""
+        dtype = coarse_type(matrix)
+        return (matrix.to(dtype) @ self.damped_inverse(penalty, dtype)).float()
 
     def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
-        """X that minimises the error, halved, plus ρ/2 ‖X - D + V/ρ‖², for D and V [rows, n]."""
-        raise NotImplementedError
+        """X that minimises the error, halved, plus ρ/2 ‖X - D + V/ρ‖², for D and V [rows, n].
+
+        As T + (ρ (D - T) - V)(N + ρI)⁻¹: what products round is small beside T, and the same support comes of it.
+        """
+        change = (kept - self.target).mul_(penalty).sub_(multiplier)
+        return self.times_inverse(change, penalty).add_(self.target)
 
     def adapt(self, kept: Tensor) -> None:
         """Called with D after each iteration of ADMM but the last, for what follows the support."""
@@ -153,7 +175,7 @@ class SupportSearch:
     def select_support(self, count: int, start: Tensor, repeats: int = REPEATS) -> tuple[Tensor, Tensor]:
         """The ``count`` entries to keep, by ADMM on the constraint (as ALPS, arXiv 2406.07831).
 
-        X minimises the quadratic plus ρ/2 ‖X - D + V/ρ‖², D is X + V/ρ thresholded over the whole matrix, V is the
+        X minimises the error, halved, plus ρ/2 ‖X - D + V/ρ‖², D is X + V/ρ thresholded over the whole matrix, V is the
         multiplier; ρ grows, after ``repeats`` iterations each, which settles the support. ``start`` is D before the
         first iteration. Returns the mask and D. Each iteration takes one product [rows, n]·[n, n].
         """
@@ -175,11 +197,11 @@ class SupportSearch:
     def fit(self, mask: Tensor, start: Tensor, iterations: int = FIT_ITERATIONS) -> Tensor:
         """Least squares on a support, all rows at once, by projected conjugate gradients from ``start``.
 
-        Solves (X N)_ij = B_ij on the mask, X zero elsewhere. Each iteration takes one product [rows, n]·[n, n].
+        Solves (X N)_ij = (T N)_ij on the mask, X zero elsewhere. Each iteration takes one product [rows, n]·[n, n].
         """
         tiny = torch.finfo(torch.float32).tiny
         solution = start * mask
-        residual = self.slope(solution) * mask
+        residual = self.times_gram(self.target - solution).mul_(mask)
         direction = residual
         energy = residual.square().sum(dim=1, keepdim=True)
         for _ in range(iterations):
@@ -199,18 +221,3 @@ class SupportSearch:
         """X [rows, n] with ``count`` non-zeros, and its mask: support by ADMM, then least squares on it."""
         mask, kept = self.select_support(count, start, repeats)
         return self.fit(mask, kept), mask
-
-
-class Quadratic(SupportSearch):
-    """½ tr(X N Xᵀ) - tr(X Bᵀ): ``linear`` is B [rows, n], ``gram`` is N [n, n]."""
-
-    def __init__(self, linear: Tensor, gram: Tensor) -> None:
-        super().__init__(gram)
-        self.linear = linear
-
-    def slope(self, solution: Tensor) -> Tensor:
-        return self.linear - self.times_gram(solution)
-
-    def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
-        right = (penalty * kept).add_(self.linear).sub_(multiplier)
-        return torch.mm(right, self.damped_inverse(penalty))

@@ -24,15 +24,14 @@ class Deflated(SupportSearch):
     """What X + A B leaves of a scaled weight T [out, in] at the best A [out, k], for atoms B [k, in] that adapt to X.
 
     With atoms orthonormal in N (B N Bᵀ = I) and U = N Bᵀ, the best A is (T - X) U, and the error that remains is
-    tr((T - X) N' (T - X)ᵀ) with N' = N - U Uᵀ: the quadratic of a sparse layer whose inputs have lost k directions.
+    tr((T - X) N' (T - X)ᵀ) with N' = N - U Uᵀ: the error of a sparse layer whose inputs have lost k directions.
     (N' + ρI)⁻¹ comes from (N + ρI)⁻¹ by the formula of Woodbury.
     """
 
     penalties = PENALTIES
 
     def __init__(self, scaled: ScaledProblem, rank: int) -> None:
-        super().__init__(scaled.gram, scaled.inverses)
-        self.target = scaled.weight
+        super().__init__(scaled.weight, scaled.gram, scaled.inverses)
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(rank, len(scaled.gram), generator=generator)
         self._set_atoms(start.to(self.target))
@@ -69,17 +68,11 @@ class Deflated(SupportSearch):
     def times_gram(self, matrix: Tensor) -> Tensor:
         return torch.addmm(matrix @ self.gram, matrix @ self.images, self.images.T, alpha=-1.0)
 
-    def slope(self, solution: Tensor) -> Tensor:
-        return self.times_gram(self.target - solution)
-
-    def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
-        """X = T + (ρ (D - T) - V)(N' + ρI)⁻¹."""
-        inverse = self.damped_inverse(penalty)
-        spread = inverse @ self.images
+    def times_inverse(self, matrix: Tensor, penalty: float) -> Tensor:
+        spread = self.damped_inverse(penalty, torch.float32) @ self.images
         inner = torch.eye(spread.shape[1]).to(spread) - self.images.T @ spread
-        right = (kept - self.target).mul_(penalty).sub_(multiplier)
-        thin = torch.linalg.solve(inner, right @ spread, left=False)
-        return torch.addmm(self.target, right, inverse).addmm_(thin, spread.T)
+        thin = torch.linalg.solve(inner, matrix @ spread, left=False)
+        return super().times_inverse(matrix, penalty).addmm_(thin, spread.T)
 
     def decompose(self, count: int, repeats: int) -> tuple[Tensor, Tensor, Tensor]:
         """X [out, in] with ``count`` non-zeros, its mask, and A [out, k]; only once, as the atoms have moved then.

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from rocket.factorization import sparse
 from rocket.factorization.sparse import (
     DAMPING,
-    Quadratic,
     ScaledProblem,
+    SupportSearch,
     keep_top,
     scale_problem,
 )
@@ -15,6 +16,10 @@ from rocket.factorization.sparse import (
 
 def scaled_layer(make_problem, seed: int = 0, cost: str = "activation") -> ScaledProblem:
     return scale_problem(make_problem(24, 32, cost, seed=seed, shrinkage=0.2).tempered)
+
+
+def search(scaled: ScaledProblem) -> SupportSearch:
+    return SupportSearch(scaled.weight, scaled.gram)
 
 
 def squared_error(scaled: ScaledProblem, approximation: torch.Tensor) -> float:
@@ -37,7 +42,7 @@ def exact_fit(scaled: ScaledProblem, mask: torch.Tensor) -> np.ndarray:
 def test_hand_solved():
     # Keeping x₁ of t = (1, 1) with correlation 1/2: x₁ takes over half of what x₂ did.
     gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
-    solution = Quadratic(torch.ones(1, 2) @ gram, gram).fit(torch.tensor([[True, False]]), torch.ones(1, 2))
+    solution = SupportSearch(torch.ones(1, 2), gram).fit(torch.tensor([[True, False]]), torch.ones(1, 2))
     assert solution.tolist() == [[1.5, 0.0]]
 
 
@@ -68,7 +73,7 @@ def test_fit_is_least_squares_on_the_support(make_problem):
     scaled = scaled_layer(make_problem)
     mask = torch.rand(24, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[3] = False
-    fitted = scaled.quadratic.fit(mask, scaled.weight, iterations=60)
+    fitted = search(scaled).fit(mask, scaled.weight, iterations=60)
     np.testing.assert_allclose(fitted, exact_fit(scaled, mask), atol=1e-4)
     assert not fitted[~mask].any()
 
@@ -93,12 +98,50 @@ def test_keep_top_keeps_the_earlier_of_equals(count):
 def test_selected_support_is_no_worse_than_the_largest_weights(make_problem, seed, share):
     scaled = scaled_layer(make_problem, seed)
     count = int(share * scaled.weight.numel())
-    selected, _ = scaled.quadratic.select_support(count, scaled.weight)
+    selected, _ = search(scaled).select_support(count, scaled.weight)
     errors = [
         squared_error(scaled, torch.from_numpy(exact_fit(scaled, mask)).float())
         for mask in (selected, keep_top(scaled.weight.abs(), count))
     ]
     assert errors[0] <= errors[1]
+
+
+def test_relaxing_solves_its_normal_equations(make_problem):
+    scaled = scaled_layer(make_problem)
+    generator = torch.Generator().manual_seed(0)
+    kept, multiplier = (torch.randn(24, 32, generator=generator) for _ in range(2))
+    gram = scaled.gram.double().numpy()
+    right = 0.3 * kept.double().numpy() + scaled.weight.double().numpy() @ gram - multiplier.double().numpy()
+    expected = np.linalg.solve(gram + 0.3 * np.eye(32), right.T).T
+    np.testing.assert_allclose(search(scaled).relax(kept, multiplier, 0.3), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("removed", [0.05, 0.3])
+def test_rounded_products_find_as_good_a_support(make_problem, monkeypatch, removed):
+    scaled = scale_problem(make_problem(96, 64, "activation", shrinkage=0.2).tempered)
+    count = int((1 - removed) * scaled.weight.numel())
+    errors, types = [], set()
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sparse, "coarse_type", lambda matrix, dtype=dtype: dtype)
+        searching = search(scaled)
+        errors.append(squared_error(scaled, searching.solve(count, scaled.weight)[0]))
+        types |= {searching.damped_inverse(penalty, dtype).dtype for penalty in searching.penalties}
+    assert types == {torch.float32, torch.bfloat16}
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(32, {0.3, 0.36}), (31, {0.36})])
+def test_of_wide_layers_only_the_last_penalty_keeps_its_inverses(make_problem, monkeypatch, limit, kept):
+    monkeypatch.setattr(sparse, "KEPT_INVERSES", limit)
+    scaled = scaled_layer(make_problem)
+    searching = SupportSearch(scaled.weight, scaled.gram, scaled.inverses)
+    for penalty in (0.3, 0.36):
+        exact = searching.damped_inverse(penalty, torch.float32)
+        searching.damped_inverse(penalty, torch.bfloat16)
+        expected = np.linalg.inv(scaled.gram.double().numpy() + penalty * np.eye(32))
+        np.testing.assert_allclose(exact, expected, rtol=1e-3, atol=1e-4)
+    types = (torch.float32, torch.bfloat16)
+    assert set(scaled.inverses) == {(penalty, dtype) for penalty in kept for dtype in types}
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 767, 768])

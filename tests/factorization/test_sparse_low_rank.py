@@ -48,7 +48,8 @@ def test_the_deflated_quadratic_is_the_error_at_the_best_coefficients(scaled):
     atoms = deflated.atoms.double().numpy() @ root
     best = np.linalg.lstsq(atoms.T, rest.T, rcond=None)[0].T
     np.testing.assert_allclose((scaled.weight - sparse) @ deflated.images, best, rtol=1e-3, atol=1e-4)
-    error = float(((scaled.weight - sparse) * deflated.slope(sparse)).sum())
+    delta = scaled.weight - sparse
+    error = float((delta * deflated.times_gram(delta)).sum())
     assert error == pytest.approx(np.square(rest - best @ atoms).sum(), rel=1e-4)
 
 

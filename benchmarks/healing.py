@@ -33,7 +33,7 @@ from rocket.data import load_documents
 from rocket.evaluation import perplexity
 from rocket.healing import Healing, fit, read_summary
 from rocket.models import open_checkpoint
-from rocket.models.inputs import tokenizer_of
+from rocket.models.processor import tokenizer_of
 from rocket.pipeline import compress_model, heal_model, make_plan
 from rocket.session import Session
 from rocket.stages.material import healing_examples

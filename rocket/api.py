@@ -25,7 +25,7 @@ from rocket.models import (
     token_batches,
     unstacked_experts,
 )
-from rocket.models.inputs import tokenizer_of
+from rocket.models.processor import tokenizer_of
 from rocket.profiling import profile_layers
 
 KINDS = (

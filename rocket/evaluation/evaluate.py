@@ -16,7 +16,7 @@ from rocket.evaluation.perplexity import perplexity, spread_windows
 from rocket.evaluation.scores import TaskResult
 from rocket.evaluation.tasks import zero_shot
 from rocket.models import is_causal_lm, sample_batches, token_batches
-from rocket.models.inputs import tokenizer_of
+from rocket.models.processor import tokenizer_of
 
 FEWEST_DOCUMENTS, FEWEST_TOKENS = 512, 16  # of a stream: so many documents at least, or one for so many tokens
 

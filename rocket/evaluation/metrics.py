@@ -24,7 +24,7 @@ from rocket.models import (
     labels_of,
     run_forward,
 )
-from rocket.models.inputs import tokenizer_of
+from rocket.models.processor import tokenizer_of
 
 NEIGHBOURS = 5
 MASK_EVERY = 7  # about the 15 % that BERT learns from

@@ -12,7 +12,8 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from rocket.config.errors import RocketError
 from rocket.data.samples import SAMPLING_RATE, Sample
 from rocket.evaluation.perplexity import evaluating
-from rocket.models.inputs import check_clips, longest_clip, run_forward
+from rocket.models.inputs import run_forward
+from rocket.models.processor import check_clips, longest_clip
 from rocket.usage import track
 
 RESAMPLES = 10_000

@@ -19,7 +19,6 @@ from rocket.models.inputs import (
     label_scores,
     labels_of,
     run_forward,
-    sample_batches,
     takes_media,
     takes_text_alone,
     token_batches,
@@ -35,6 +34,7 @@ from rocket.models.load import (
     resolve_device,
 )
 from rocket.models.mode import evaluation_mode
+from rocket.models.processor import sample_batches
 from rocket.models.residence import hold, is_streamed, release_pages, releasing, stream
 from rocket.models.rewriting import rewrite, unlike_model
 from rocket.models.stored import Endings, StoredTensor, check_counts, check_places, check_size, read_headers

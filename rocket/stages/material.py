@@ -21,7 +21,7 @@ from rocket.data import (
 )
 from rocket.evaluation import check_tasks
 from rocket.models import Batch, is_causal_lm, sample_batches, takes_media, takes_text_alone, token_batches
-from rocket.models.inputs import tokenizer_of
+from rocket.models.processor import tokenizer_of
 from rocket.session import Session
 
 HUB_DOCUMENTS_A_SAMPLE = 16

@@ -194,7 +194,7 @@ class ProfilingConfig(Section):
         Field(min_length=1, max_length=1000),
         AfterValidator(unique_ascending),
     ] = Field(
-        default_factory=lambda: [1.5, 2.0, 3.0],
+        default_factory=lambda: [1.5, 2.0, 2.5, 3.0],
         description="Ratios rank/support that are searched for dictionaries; no other form has one.",
     )
     importance_exponent: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
@@ -206,7 +206,7 @@ class ProfilingConfig(Section):
         "output has as many) or for the whole matrix.",
     )
     refits: Annotated[int, Field(ge=0, le=1000)] = Field(
-        3,
+        8,
         description="Of dictionaries alone: rounds of finding coefficients and dictionary anew from each other. 0: the "
         "paper's one shot.",
     )

@@ -174,6 +174,11 @@ class LayerProblem:
         """‖T‖²: the squared error of removing the layer altogether, in the units of ``squared_error``."""
         return float(self.cost_target.double().square().sum())
 
+    @property
+    def power(self) -> int:
+        """Of the cost that is proportional to a squared error."""
+        return 2 if self.cost == "weight" else 1
+
     def to_cost(self, squared_error: float) -> float:
         """The cost that belongs to a squared error in the space of ``cost_target``."""
         squared_error = max(squared_error, 0.0)

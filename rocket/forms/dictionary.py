@@ -3,12 +3,17 @@
 For each removed ratio r the budget k·in + s·out = (1 - r)·in·out and the ratio ρ = k/s fix rank k and support s; the
 ρ with the least error is the option. The error is smooth in ρ and its minimum moves little from one r to the next, so
 each search starts where the last one ended and walks downhill.
+
+What a size costs in one shot has a closed form. What refits gain is foretold, from what typical layers gain (`GAINS`)
+and what the first refit gains at one size of this one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from rocket.config.schema import ProfilingConfig
@@ -21,6 +26,24 @@ name = "dictionary"
 
 COARSE_STEP = 5
 LOOK_AHEAD = 4
+
+RATIOS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+GAINS = {
+    0.1: (1.0, 0.86, 0.70, 0.60, 0.56, 0.56),
+    0.2: (1.0, 0.91, 0.68, 0.65, 0.61, 0.60),
+    0.3: (1.0, 0.93, 0.77, 0.65, 0.60, 0.60),
+    0.4: (1.0, 0.95, 0.83, 0.73, 0.68, 0.64),
+    0.5: (1.0, 0.96, 0.87, 0.80, 0.75, 0.70),
+    0.7: (1.0, 0.98, 0.94, 0.90, 0.87, 0.83),
+}
+"""By removed ratio, for ρ as in `RATIOS`: the squared error after eight refits over that of one shot.
+
+Means over ten layers of SmolLM2, on calibration data. Layers differ in pace: where the first refit lowers the error p
+times as much as it does in these, in logarithms, all of them do, about, and at every size.
+"""
+REFITS, FIRST_REFIT = 8, 0.36
+"""Of what refits gain, in logarithms, the first one's part, and each next one's of what is left."""
+PACE_AT = (0.4, 2.5)
 
 
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
@@ -35,17 +58,22 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     def squared_error(rank: int, support: int) -> float:
         return projection_error(tempered.cost_target, tempered.squared_norm, coefficients(rank, support))
 
+    def cost(rank: int, support: int) -> float:
+        return projection_cost(problem, coefficients(rank, support))
+
     found = []
+    pace = _pace(problem, settings, cost)
     start: int | None = None
     for removed_ratio in settings.removed_ratios:
         sizes = [
             sizes_for(problem.out_features, problem.in_features, removed_ratio, ratio)
             for ratio in settings.rank_support_ratios
         ]
-        valid = [0 < support <= rank <= problem.max_rank for rank, support in sizes]
+        valid = [_fits(problem, size) for size in sizes]
         if not any(valid):
             continue
-        errors = _Memo(sizes, squared_error)
+        gains = [_gain(removed_ratio, ratio, settings.refits) ** pace for ratio in settings.rank_support_ratios]
+        errors = _Memo(sizes, gains, squared_error)
         start = search(errors, valid, start)
         rank, support = sizes[start]
         found.append(
@@ -53,12 +81,66 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
                 name,
                 rank * problem.in_features + support * problem.out_features,
                 mask_bits=padded_bits(problem.out_features, rank),
-                cost=projection_cost(problem, coefficients(rank, support)),
+                cost=cost(rank, support) * gains[start] ** (1 / problem.power),
                 rank=rank,
                 nnz=support * problem.out_features,
             )
         )
     return found
+
+
+def _fits(problem: LayerProblem, size: tuple[int, int]) -> bool:
+    rank, support = size
+    return 0 < support <= rank <= problem.max_rank
+
+
+def _gain(removed_ratio: float, rank_support_ratio: float, refits: int) -> float:
+    """What the squared error of one shot is multiplied by, in typical layers."""
+    by_size = [np.interp(rank_support_ratio, RATIOS, np.log(gains)) for gains in GAINS.values()]
+    logarithm = np.interp(removed_ratio, list(GAINS), by_size)
+    return math.exp(logarithm * _done(refits) / _done(REFITS))
+
+
+def _done(refits: int) -> float:
+    return 1.0 - (1.0 - FIRST_REFIT) ** refits
+
+
+def _pace(problem: LayerProblem, settings: ProfilingConfig, cost: Callable[[int, int], float]) -> float:
+    """How much the first refit gains beside what it gains in typical layers, in logarithms, of 0 to 2.
+
+    ``cost`` is that of one shot of a rank and a support.
+    """
+    sizes = {
+        (removed, ratio): sizes_for(problem.out_features, problem.in_features, removed, ratio)
+        for removed in settings.removed_ratios
+        for ratio in settings.rank_support_ratios
+        if ratio > RATIOS[0]
+    }
+    known = [place for place, size in sizes.items() if _fits(problem, size)]
+    if not settings.refits or not known:
+        return 1.0
+    place = min(known, key=lambda place: math.dist(place, PACE_AT))
+    rank, support = sizes[place]
+    before = cost(rank, support)
+    dictionary, coefficients = _factorize(problem, rank, support, settings, refits=1)[:2]
+    after = problem.evaluate(coefficients @ dictionary)
+    if before <= 0 or after <= 0:
+        return 1.0
+    fall = problem.power * math.log(after / before)
+    return min(max(fall / math.log(_gain(*place, refits=1)), 0.0), 2.0)
+
+
+def _factorize(
+    problem: LayerProblem, rank: int, support: int, settings: ProfilingConfig, refits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return factorize(
+        problem.tempered,
+        rank,
+        support,
+        exponent=settings.importance_exponent,
+        thresholds=settings.thresholds,
+        refits=refits,
+    )
 
 
 def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
@@ -67,14 +149,7 @@ def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> d
         raise ValueError(
             f"nnz={option.nnz} is not the same number of coefficients, 1 to {option.rank}, for every output"
         )
-    dictionary, coefficients, mask = factorize(
-        problem.tempered,
-        option.rank,
-        support,
-        exponent=settings.importance_exponent,
-        thresholds=settings.thresholds,
-        refits=settings.refits,
-    )
+    dictionary, coefficients, mask = _factorize(problem, option.rank, support, settings, settings.refits)
     values, packed = bitmap.pack(coefficients, mask)
     return {**as_state(dictionary=dictionary, weight=values), "mask": packed}
 
@@ -105,13 +180,15 @@ def search(errors: Callable[[int], float], valid: Sequence[bool], start: int | N
 
 
 class _Memo:
-    """Errors of the (rank, support) pairs, by index, each computed once."""
+    """Squared errors of the (rank, support) pairs with their refits, by index, each computed once."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], compute: Callable[[int, int], float]) -> None:
-        self._sizes, self._compute = sizes, compute
+    def __init__(
+        self, sizes: Sequence[tuple[int, int]], gains: Sequence[float], compute: Callable[[int, int], float]
+    ) -> None:
+        self._sizes, self._gains, self._compute = sizes, gains, compute
         self._known: dict[int, float] = {}
 
     def __call__(self, index: int) -> float:
         if index not in self._known:
-            self._known[index] = self._compute(*self._sizes[index])
+            self._known[index] = self._compute(*self._sizes[index]) * self._gains[index]
         return self._known[index]

@@ -24,7 +24,7 @@ def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settin
     """
     if not options or "int8" not in LAYERS[form.name].precisions:
         return []
-    power = 2 if problem.cost == "weight" else 1  # that cost is the root of a squared error
+    power = problem.power
     prices = {}
     for option in {max(options, key=_size), min(options, key=_size)}:
         columns = option.spec(problem.in_features, problem.out_features, "").columns

@@ -69,7 +69,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
         nnz = problem.out_features * rank + count
         bits = padded_bits(problem.out_features, rank + problem.in_features)
         cost = sparse_costs[removed_ratio] * interpolate(removed_ratio, knots, gains)
-        cost *= _falls(removed_ratio)[1] ** (pace / _power(problem))
+        cost *= _falls(removed_ratio)[1] ** (pace / problem.power)
         found.append(Option(name, rank * problem.in_features + nnz, mask_bits=bits, cost=cost, rank=rank, nnz=nnz))
     return found
 
@@ -84,18 +84,13 @@ def _pace(problem: LayerProblem, removed_ratio: float, once: float, twice: float
     """How fast the error falls with iterations: the logarithm of its fall over that of `FALLS`, of 0 to 2."""
     if once <= 0 or twice <= 0:
         return 1.0
-    fall = _power(problem) * math.log(twice / once)
+    fall = problem.power * math.log(twice / once)
     return min(max(fall / math.log(_falls(removed_ratio)[0]), 0.0), 2.0)
 
 
 def _falls(removed_ratio: float) -> tuple[float, float]:
     ratios, (doubled, built) = list(FALLS), zip(*FALLS.values(), strict=True)
     return float(np.interp(removed_ratio, ratios, doubled)), float(np.interp(removed_ratio, ratios, built))
-
-
-def _power(problem: LayerProblem) -> int:
-    """Of the cost that is a squared error."""
-    return 2 if problem.cost == "weight" else 1
 
 
 def sizes_for(out_features: int, in_features: int, removed_ratio: float) -> tuple[int, int] | None:

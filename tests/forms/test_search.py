@@ -15,7 +15,7 @@ GRID = {
     "rank_support_ratios": [round(1 + 0.1 * i, 1) for i in range(21)],
 }
 PAPER = ProfilingConfig(**GRID, importance_exponent=0.5, thresholds="column", refits=0)
-OURS = ProfilingConfig(**GRID)
+OURS = ProfilingConfig(**GRID, refits=0)
 TOLERANCE = 1.001
 
 

@@ -72,7 +72,10 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
         valid = [_fits(problem, size) for size in sizes]
         if not any(valid):
             continue
-        gains = [_gain(removed_ratio, ratio, settings.refits) ** pace for ratio in settings.rank_support_ratios]
+        gains = [
+            _gain(removed_ratio, ratio, settings.refits) ** pace if support < rank else 1.0
+            for ratio, (rank, support) in zip(settings.rank_support_ratios, sizes, strict=True)
+        ]
         errors = _Memo(sizes, gains, squared_error)
         start = search(errors, valid, start)
         rank, support = sizes[start]
@@ -114,9 +117,8 @@ def _pace(problem: LayerProblem, settings: ProfilingConfig, cost: Callable[[int,
         (removed, ratio): sizes_for(problem.out_features, problem.in_features, removed, ratio)
         for removed in settings.removed_ratios
         for ratio in settings.rank_support_ratios
-        if ratio > RATIOS[0]
     }
-    known = [place for place, size in sizes.items() if _fits(problem, size)]
+    known = [place for place, (rank, support) in sizes.items() if support < rank and _fits(problem, (rank, support))]
     if not settings.refits or not known:
         return 1.0
     place = min(known, key=lambda place: math.dist(place, PACE_AT))

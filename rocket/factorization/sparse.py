@@ -7,12 +7,14 @@ scaled Gram matrix of its inputs; for a dictionary T are its best coefficients a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rocket.factorization.problem import LayerProblem
@@ -39,16 +41,14 @@ def coarse_type(matrix: Tensor) -> torch.dtype:
     return torch.bfloat16 if is_faster and matrix.shape[1] >= COARSE_FROM else torch.float32
 
 
-def keep_about(scores: Tensor, count: int) -> Tensor:
-    """Mask of about the ``count`` largest scores: the threshold comes from a sample where the matrix is large.
+def size_exceeded(matrix: Tensor, count: int) -> float:
+    """The size that about ``count`` entries of a matrix exceed, from a sample of them where it is large.
 
     Selecting exactly takes longer than the matrix product before it, and passing supports need not be exact.
     """
-    sample = scores.flatten()[::SAMPLE_STRIDE]
-    rank = round(sample.numel() * (1 - count / scores.numel()))
-    if scores.numel() < SMALL or not 0 < rank < sample.numel():
-        return keep_top(scores, count)
-    return scores > sample.kthvalue(rank).values
+    sample = matrix.flatten()[:: SAMPLE_STRIDE if matrix.numel() >= SMALL else 1].abs()
+    rank = round(sample.numel() * (1 - count / matrix.numel()))
+    return float(sample.kthvalue(rank).values) if rank > 0 else -math.inf
 
 
 Inverses: TypeAlias = dict[tuple[float, torch.dtype], Tensor]
@@ -161,38 +161,36 @@ class SupportSearch:
         dtype = coarse_type(matrix)
         return (matrix.to(dtype) @ self.damped_inverse(penalty, dtype)).float()
 
-    def relax(self, kept: Tensor, multiplier: Tensor, penalty: float) -> Tensor:
-        """X that minimises the error, halved, plus ρ/2 ‖X - D + V/ρ‖², for D and V [rows, n].
+    def relax(self, kept: Tensor, dual: Tensor, penalty: float) -> Tensor:
+        """X that minimises the error, halved, plus ρ/2 ‖X - D + U‖², for D and U [rows, n].
 
-        As T + (ρ (D - T) - V)(N + ρI)⁻¹: what products round is small beside T, and the same support comes of it.
+        As T + ρ (D - T - U)(N + ρI)⁻¹: what products round is small beside T, and the same support comes of it.
         """
-        change = (kept - self.target).mul_(penalty).sub_(multiplier)
-        return self.times_inverse(change, penalty).add_(self.target)
+        change = (kept - self.target).sub_(dual)
+        return torch.add(self.target, self.times_inverse(change, penalty), alpha=penalty)
 
     def adapt(self, kept: Tensor) -> None:
-        """Called with D after each iteration of ADMM but the last, for what follows the support."""
+        """Called with D after each iteration of ADMM, for what follows the support."""
 
     def select_support(self, count: int, start: Tensor, repeats: int = REPEATS) -> tuple[Tensor, Tensor]:
-        """The ``count`` entries to keep, by ADMM on the constraint (as ALPS, arXiv 2406.07831).
+        """The ``count`` entries to keep, by ADMM on the constraint (as ALPS, arXiv 2406.07831), in scaled form.
 
-        X minimises the error, halved, plus ρ/2 ‖X - D + V/ρ‖², D is X + V/ρ thresholded over the whole matrix, V is the
-        multiplier; ρ grows, after ``repeats`` iterations each, which settles the support. ``start`` is D before the
-        first iteration. Returns the mask and D. Each iteration takes one product [rows, n]·[n, n].
+        X minimises the error, halved, plus ρ/2 ‖X - D + U‖², D is X + U thresholded over the whole matrix, U sums up
+        X - D; ρ grows, after ``repeats`` iterations each, which settles the support. ``start`` is D before the first
+        iteration. Returns the mask and D. Each iteration takes one product [rows, n]·[n, n].
         """
-        kept, mask = start, start != 0
-        multiplier = torch.zeros_like(start)
-        penalties = [penalty for penalty in self.penalties for _ in range(repeats)]
-        last = len(penalties) - 1
-        for iteration, penalty in enumerate(penalties):
-            shifted = self.relax(kept, multiplier, penalty).add_(multiplier, alpha=1 / penalty)
-            scores = shifted.abs()
-            mask = keep_top(scores, count) if iteration == last else keep_about(scores, count)
-            del scores
-            kept = shifted * mask
-            multiplier = shifted.sub_(kept).mul_(penalty)  # V + ρ (X - D), as shifted is X + V/ρ
-            if iteration < last:
+        kept, dual, last = start, torch.zeros_like(start), self.penalties[0]
+        for penalty in self.penalties:
+            dual.mul_(last / penalty)  # ρ U is what stays
+            last = penalty
+            for _ in range(repeats):
+                shifted = self.relax(kept, dual, penalty).add_(dual)
+                kept = F.hardshrink(shifted, size_exceeded(shifted, count))
+                dual = shifted.sub_(kept)
                 self.adapt(kept)
-        return mask, kept
+        shifted = kept.add_(dual)
+        mask = keep_top(shifted.abs(), count)
+        return mask, shifted.mul_(mask)
 
     def fit(self, mask: Tensor, start: Tensor, iterations: int = FIT_ITERATIONS) -> Tensor:
         """Least squares on a support, all rows at once, by projected conjugate gradients from ``start``.

@@ -109,11 +109,11 @@ def test_selected_support_is_no_worse_than_the_largest_weights(make_problem, see
 def test_relaxing_solves_its_normal_equations(make_problem):
     scaled = scaled_layer(make_problem)
     generator = torch.Generator().manual_seed(0)
-    kept, multiplier = (torch.randn(24, 32, generator=generator) for _ in range(2))
+    kept, dual = (torch.randn(24, 32, generator=generator) for _ in range(2))
     gram = scaled.gram.double().numpy()
-    right = 0.3 * kept.double().numpy() + scaled.weight.double().numpy() @ gram - multiplier.double().numpy()
+    right = 0.3 * (kept - dual).double().numpy() + scaled.weight.double().numpy() @ gram
     expected = np.linalg.solve(gram + 0.3 * np.eye(32), right.T).T
-    np.testing.assert_allclose(search(scaled).relax(kept, multiplier, 0.3), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(search(scaled).relax(kept, dual, 0.3), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("removed", [0.05, 0.3])

@@ -56,12 +56,12 @@ def test_the_deflated_quadratic_is_the_error_at_the_best_coefficients(scaled):
 def test_relaxing_solves_its_normal_equations(scaled):
     deflated = Deflated(scaled, RANK)
     generator = torch.Generator().manual_seed(0)
-    kept, multiplier = (torch.randn(OUT, IN, generator=generator) for _ in range(2))
+    kept, dual = (torch.randn(OUT, IN, generator=generator) for _ in range(2))
     gram, images = scaled.gram.double().numpy(), deflated.images.double().numpy()
     reduced = gram - images @ images.T
-    right = 0.3 * kept.double().numpy() + scaled.weight.double().numpy() @ reduced - multiplier.double().numpy()
+    right = 0.3 * (kept - dual).double().numpy() + scaled.weight.double().numpy() @ reduced
     expected = np.linalg.solve(reduced + 0.3 * np.eye(IN), right.T).T
-    np.testing.assert_allclose(deflated.relax(kept, multiplier, 0.3), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(deflated.relax(kept, dual, 0.3), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_atoms_of_nothing_sparse_are_the_leading_singular_vectors():

@@ -34,12 +34,11 @@ from rocket.usage import process_bytes
 FORMS_HOLD = {
     "dense": ((0.0, 1.0), (0.0, 1.0)),
     "low_rank": ((4.0, 12.0), (3.0, 5.0)),
-    "dictionary": ((4.0, 17.0), (3.0, 8.0)),
+    "dictionary": ((4.0, 17.0), (3.0, 12.0)),
     "sparse": ((4.5, 12.0), (4.5, 9.0)),
     "sparse_low_rank": ((5.5, 12.0), (5.5, 12.0)),
 }
-KEEP_INVERSES = ("sparse", "sparse_low_rank")
-INVERSES = 6.0  # squares more for these forms, where several inverses are kept
+INVERSES = {"sparse": 4.0, "sparse_low_rank": 6.0}  # squares more, where several inverses are kept
 INT8_HOLDS = 6.0  # rectangles more, while rounding to int8 is measured: a layer's values three times in float64
 PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
@@ -232,8 +231,8 @@ def _layer_bytes(out_features: int, in_features: int, settings: ProfilingConfig)
     most = 0.0
     for form in ("dense", *settings.forms):
         squares, rectangles = FORMS_HOLD.get(form, ((4.0, 16.0),) * 2)[is_wide]
-        if form in KEEP_INVERSES and in_features <= KEPT_INVERSES:
-            squares += INVERSES
+        if in_features <= KEPT_INVERSES:
+            squares += INVERSES.get(form, 0.0)
         most = max(most, squares * square + (rectangles + rounding) * rectangle)
     return most
 

@@ -162,7 +162,7 @@ def _refit(basis: Basis, coefficients: Tensor, count: int) -> tuple[Tensor, Tens
     atoms = atoms / norms
     gram, linear = atoms.T @ atoms, target.T @ atoms
     gram.diagonal().add_(ATOM_SHRINKAGE)
-    best = torch.cholesky_solve(linear.T, torch.linalg.cholesky(gram)).T
+    best = torch.cholesky_solve(linear.T.double(), torch.linalg.cholesky(gram.double())).T.float()
     start = (coefficients.float() * norms[:, None]).T.contiguous()
     solution, mask = SupportSearch(best, gram).solve(count, start)
     fitted = solution.T.double()

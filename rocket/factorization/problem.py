@@ -176,7 +176,7 @@ class LayerProblem:
 
     @property
     def power(self) -> int:
-        """Of the cost that is proportional to a squared error."""
+        """p such that costᵖ is proportional to a squared error."""
         return 2 if self.cost == "weight" else 1
 
     def to_cost(self, squared_error: float) -> float:

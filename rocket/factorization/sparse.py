@@ -29,15 +29,16 @@ DAMPING = 1e-3
 ROWS_AT_ONCE = 2048
 KEPT_INVERSES = 8192
 COARSE_FROM = 256
-"""Inputs from which on ADMM's products are worth rounding to bfloat16."""
+"""Columns from which on ADMM's products are worth rounding to bfloat16."""
 
 
 def coarse_type(matrix: Tensor) -> torch.dtype:
-    """bfloat16 where the device multiplies large matrices of it faster than float32; else float32."""
+    """bfloat16 where its device multiplies large matrices of that faster than of float32; else float32."""
     if matrix.is_cuda:
-        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_faster = torch.cuda.get_device_capability(matrix.device)[0] >= 8
     else:
-        is_faster = matrix.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        is_cpu = matrix.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        is_faster = is_cpu and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if is_faster and matrix.shape[1] >= COARSE_FROM else torch.float32
 
 
@@ -157,8 +158,11 @@ class SupportSearch:
         return matrix @ self.gram
 
     def times_inverse(self, matrix: Tensor, penalty: float) -> Tensor:
-        """X (N + ρI)⁻¹ for X [rows, n], with the N of the error, in the precision of `coarse_type`."""
-        dtype = coarse_type(matrix)
+        """X (N + ρI)⁻¹ for X [rows, n], with the N of the error.
+
+        In the precision of `coarse_type`, but for the last ρ: `fit` starts from what comes of that.
+        """
+        dtype = torch.float32 if penalty == self.penalties[-1] else coarse_type(matrix)
         return (matrix.to(dtype) @ self.damped_inverse(penalty, dtype)).float()
 
     def relax(self, kept: Tensor, dual: Tensor, penalty: float) -> Tensor:
@@ -188,7 +192,7 @@ class SupportSearch:
                 kept = F.hardshrink(shifted, size_exceeded(shifted, count))
                 dual = shifted.sub_(kept)
                 self.adapt(kept)
-        shifted = kept.add_(dual)
+        shifted = kept + dual
         mask = keep_top(shifted.abs(), count)
         return mask, shifted.mul_(mask)
 

@@ -35,6 +35,7 @@ GAINS = {
     0.4: (1.0, 0.95, 0.83, 0.73, 0.68, 0.64),
     0.5: (1.0, 0.96, 0.87, 0.80, 0.75, 0.70),
     0.7: (1.0, 0.98, 0.94, 0.90, 0.87, 0.83),
+    1.0: (1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
 }
 """By removed ratio, for ρ as in `RATIOS`: the squared error after eight refits over that of one shot.
 

@@ -116,18 +116,42 @@ def test_relaxing_solves_its_normal_equations(make_problem):
     np.testing.assert_allclose(search(scaled).relax(kept, dual, 0.3), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2])
 @pytest.mark.parametrize("removed", [0.05, 0.3])
-def test_rounded_products_find_as_good_a_support(make_problem, monkeypatch, removed):
-    scaled = scale_problem(make_problem(96, 64, "activation", shrinkage=0.2).tempered)
-    count = int((1 - removed) * scaled.weight.numel())
-    errors, types = [], set()
+def test_rounded_products_find_as_good_a_layer(make_problem, monkeypatch, removed, shrinkage):
+    problem = make_problem(96, 64, "activation", decay=1.0, shrinkage=shrinkage)
+    count = int((1 - removed) * 96 * 64)
+    errors = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(sparse, "coarse_type", lambda matrix, dtype=dtype: dtype)
-        searching = search(scaled)
-        errors.append(squared_error(scaled, searching.solve(count, scaled.weight)[0]))
-        types |= {searching.damped_inverse(penalty, dtype).dtype for penalty in searching.penalties}
-    assert types == {torch.float32, torch.bfloat16}
+        scaled = scale_problem(problem.tempered)
+        errors.append(squared_error(scaled, scaled.sparsify(count)[0]))
+        *coarse, last = sparse.PENALTIES
+        assert set(scaled.inverses) == {*((penalty, dtype) for penalty in coarse), (last, torch.float32)}
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert errors[1] != errors[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "columns", "has_it", "dtype"),
+    [
+        ("cpu", 256, True, torch.bfloat16),
+        ("cpu", 255, True, torch.float32),
+        ("cpu", 256, False, torch.float32),
+        ("meta", 256, True, torch.float32),
+    ],
+)
+def test_products_are_rounded_where_that_is_faster(monkeypatch, device, columns, has_it, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    assert sparse.coarse_type(torch.empty(2, columns, device=device)) == dtype
+
+
+def test_the_start_is_left_alone(make_problem):
+    scaled = scaled_layer(make_problem)
+    before = scaled.weight.clone()
+    for repeats in (0, 1):
+        scaled.sparsify(100, repeats)
+        assert torch.equal(scaled.weight, before)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(32, {0.3, 0.36}), (31, {0.36})])

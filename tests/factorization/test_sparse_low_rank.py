@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rocket.factorization import sparse
 from rocket.factorization.sparse import ScaledProblem, scale_problem
 from rocket.factorization.sparse_low_rank import Deflated
 
@@ -98,3 +99,16 @@ def test_a_layer_of_zeros_stays_one():
     deflated = Deflated(ScaledProblem(torch.zeros(8, 6), torch.eye(6), ones, ones[:6]), 2)
     sparse, _, coefficients = deflated.decompose(10, repeats=2)
     assert not (sparse + coefficients @ deflated.atoms).any()
+
+
+def test_rounded_products_find_as_good_a_layer(make_problem, monkeypatch):
+    problem = make_problem(96, 64, "loss", shrinkage=0.2)
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sparse, "coarse_type", lambda matrix, dtype=dtype: dtype)
+        scaled = scale_problem(problem.tempered)
+        deflated = Deflated(scaled, 4)
+        rest, _, coefficients = deflated.decompose(3000, repeats=4)
+        errors.append(squared_error(scaled, rest + coefficients @ deflated.atoms))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert errors[1] != errors[0]

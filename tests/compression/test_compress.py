@@ -38,7 +38,7 @@ def test_every_layer_is_what_the_plan_says(planned, plan):
         assert layer.spec.input_group == plan.input_groups[name]
         assert layer.stored_values() == option.parameters
         problem = plan.calibration.problem(name, original.weight, plan.profiling)
-        # Refits only lower what the profile says; sparse options are interpolated.
+        # Prices are interpolated, and what iterations and refits gain is foretold.
         assert 0 < problem.evaluate(layer.dense_weight().detach()) <= 1.15 * option.cost
     assert not any(parameter.is_meta for parameter in compressed.parameters())
 
@@ -65,12 +65,14 @@ def test_int8_within_a_budget_of_bytes(make_model, token_ids, quick_settings, dt
     with torch.no_grad():
         expected = compressed(input_ids=inputs).logits
         assert torch.equal(reopened(input_ids=inputs).logits, expected)
-        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+        tolerance = 1e-4 if dtype == torch.float32 else 0.04  # of all logits: single ones round by more in bfloat16
         for backend in ("auto", "trivial"):
             rocket.optimize(reopened, backend)
-            torch.testing.assert_close(reopened(input_ids=inputs[:, :5]).logits, expected[:, :5], **tolerance)
-            torch.testing.assert_close(reopened(input_ids=inputs).logits, expected, **tolerance)
-        torch.testing.assert_close(rocket.merge(compressed)(input_ids=inputs).logits, expected, **tolerance)
+            few = reopened(input_ids=inputs[:, :5]).logits
+            assert (few - expected[:, :5]).norm() <= tolerance * expected[:, :5].norm()
+            assert (reopened(input_ids=inputs).logits - expected).norm() <= tolerance * expected.norm()
+        merged = rocket.merge(compressed)(input_ids=inputs).logits
+        assert (merged - expected).norm() <= tolerance * expected.norm()
 
 
 def test_without_float_every_layer_is_int8(make_model, token_ids, quick_settings):

@@ -44,7 +44,7 @@ def test_costs_are_those_of_the_rounded_layer(make_problem, form, cost):
         assert added == pytest.approx(real**power - exact_cost**power, rel=0.4, abs=1e-3 * real**power)
         if form == "dense":
             assert option.cost == pytest.approx(real, rel=0.02)
-        else:  # sparse costs are interpolated, refits are better than promised
+        else:  # interpolated, or foretold
             assert option.cost == pytest.approx(real, rel=0.3)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +21,7 @@ from rocket.config.schema import ProfilingConfig
 from rocket.factorization.dictionary import factorize, importance, projection_cost, projection_error, threshold
 from rocket.factorization.problem import LayerProblem
 from rocket.forms.base import Option, as_state, keep_share, padded_bits
+from rocket.forms.knots import pace_of
 from rocket.kernels import bitmap
 
 name = "dictionary"
@@ -77,8 +79,7 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
             _gain(removed_ratio, ratio, settings.refits) ** pace if support < rank else 1.0
             for ratio, (rank, support) in zip(settings.rank_support_ratios, sizes, strict=True)
         ]
-        errors = _Memo(sizes, gains, squared_error)
-        start = search(errors, valid, start)
+        start = search(_errors(squared_error, sizes, gains), valid, start)
         rank, support = sizes[start]
         found.append(
             Option(
@@ -91,6 +92,13 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
             )
         )
     return found
+
+
+def _errors(
+    one_shot: Callable[[int, int], float], sizes: Sequence[tuple[int, int]], gains: Sequence[float]
+) -> Callable[[int], float]:
+    """Squared errors of the (rank, support) pairs after their refits, by index, each computed once."""
+    return cache(lambda index: one_shot(*sizes[index]) * gains[index])
 
 
 def _fits(problem: LayerProblem, size: tuple[int, int]) -> bool:
@@ -110,27 +118,20 @@ def _done(refits: int) -> float:
 
 
 def _pace(problem: LayerProblem, settings: ProfilingConfig, cost: Callable[[int, int], float]) -> float:
-    """How much the first refit gains beside what it gains in typical layers, in logarithms, of 0 to 2.
-
-    ``cost`` is that of one shot of a rank and a support.
-    """
-    sizes = {
-        (removed, ratio): sizes_for(problem.out_features, problem.in_features, removed, ratio)
+    """`pace_of` the first refit, at the size nearest to `PACE_AT`; ``cost`` is that of one shot at a size."""
+    known = {
+        (removed, ratio): (rank, support)
         for removed in settings.removed_ratios
         for ratio in settings.rank_support_ratios
+        for rank, support in [sizes_for(problem.out_features, problem.in_features, removed, ratio)]
+        if support < rank and _fits(problem, (rank, support))
     }
-    known = [place for place, (rank, support) in sizes.items() if support < rank and _fits(problem, (rank, support))]
     if not settings.refits or not known:
         return 1.0
     place = min(known, key=lambda place: math.dist(place, PACE_AT))
-    rank, support = sizes[place]
-    before = cost(rank, support)
-    dictionary, coefficients = _factorize(problem, rank, support, settings, refits=1)[:2]
+    dictionary, coefficients, _ = _factorize(problem, *known[place], settings, refits=1)
     after = problem.evaluate(coefficients @ dictionary)
-    if before <= 0 or after <= 0:
-        return 1.0
-    fall = problem.power * math.log(after / before)
-    return min(max(fall / math.log(_gain(*place, refits=1)), 0.0), 2.0)
+    return pace_of(problem, cost(*known[place]), after, _gain(*place, refits=1))
 
 
 def _factorize(
@@ -180,18 +181,3 @@ def search(errors: Callable[[int], float], valid: Sequence[bool], start: int | N
         if errors(indices[closer]) >= errors(indices[position]):
             return indices[position]
         position = closer
-
-
-class _Memo:
-    """Squared errors of the (rank, support) pairs with their refits, by index, each computed once."""
-
-    def __init__(
-        self, sizes: Sequence[tuple[int, int]], gains: Sequence[float], compute: Callable[[int, int], float]
-    ) -> None:
-        self._sizes, self._gains, self._compute = sizes, gains, compute
-        self._known: dict[int, float] = {}
-
-    def __call__(self, index: int) -> float:
-        if index not in self._known:
-            self._known[index] = self._compute(*self._sizes[index]) * self._gains[index]
-        return self._known[index]

@@ -1,10 +1,13 @@
-"""Costs at a few sizes, and between them: for forms whose every price takes a fit."""
+"""Costs at a few sizes, between them, and after more iterations: for forms whose every price takes a fit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from rocket.factorization.problem import LayerProblem
 
 
 def knots_for(removed_ratios: list[float], wanted: Sequence[float]) -> list[float]:
@@ -28,6 +31,16 @@ def interpolate(removed_ratio: float, knots: list[float], costs: list[float]) ->
     terms = min(len(knots), 4)
     weights = np.linalg.lstsq(_smooth(np.array(knots), terms), np.log(costs), rcond=None)[0]
     return float(np.exp(_smooth(np.array([removed_ratio]), terms) @ weights)[0])
+
+
+def pace_of(problem: LayerProblem, before: float, after: float, typical: float) -> float:
+    """How fast a layer's error falls beside typical layers, in logarithms, of 0 to 2.
+
+    ``before`` and ``after`` are costs; ``typical`` is the fall of the squared error in typical layers, below 1.
+    """
+    if before <= 0 or after <= 0:
+        return 1.0
+    return min(max(problem.power * math.log(after / before) / math.log(typical), 0.0), 2.0)
 
 
 def _smooth(ratios: np.ndarray, terms: int) -> np.ndarray:

@@ -10,8 +10,6 @@ of the iterations that `build` makes; what the others gain is foretold from what
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from rocket.factorization.sparse import ScaledProblem, scale_problem
 from rocket.factorization.sparse_low_rank import Deflated
 from rocket.forms import sparse
 from rocket.forms.base import Option, as_state, keep_share, padded_bits
-from rocket.forms.knots import interpolate, knots_for
+from rocket.forms.knots import interpolate, knots_for, pace_of
 from rocket.kernels import bitmap
 
 name = "sparse_low_rank"
@@ -62,7 +60,8 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     knots = knots_for(list(sizes), [min(sizes, key=lambda ratio: abs(ratio - knot)) for knot in KNOTS])
     costs = {knot: _cost(problem, scaled, *sizes[knot], PRICED) for knot in knots}
     middle = knots[len(knots) // 2]
-    pace = _pace(problem, middle, costs[middle], _cost(problem, scaled, *sizes[middle], 2 * PRICED))
+    further = _cost(problem, scaled, *sizes[middle], 2 * PRICED)
+    pace = pace_of(problem, costs[middle], further, _falls(middle)[0])
     gains = [costs[knot] / sparse_costs[knot] if sparse_costs[knot] > 0 else 1.0 for knot in knots]
     found = []
     for removed_ratio, (rank, count) in sizes.items():
@@ -78,14 +77,6 @@ def _cost(problem: LayerProblem, scaled: ScaledProblem, rank: int, count: int, r
     deflated = Deflated(scaled, rank)
     rest, _, coefficients = deflated.decompose(count, repeats)
     return problem.evaluate(scaled.unscale(rest.addmm_(coefficients, deflated.atoms)))
-
-
-def _pace(problem: LayerProblem, removed_ratio: float, once: float, twice: float) -> float:
-    """How fast the error falls with iterations: the logarithm of its fall over that of `FALLS`, of 0 to 2."""
-    if once <= 0 or twice <= 0:
-        return 1.0
-    fall = problem.power * math.log(twice / once)
-    return min(max(fall / math.log(_falls(removed_ratio)[0]), 0.0), 2.0)
 
 
 def _falls(removed_ratio: float) -> tuple[float, float]:

@@ -67,6 +67,23 @@ def test_synthetic_layers(make_problem, shape, decay, cost, settings):
     assert_as_good_as_exhaustive(make_problem(*shape, cost, decay=decay), settings)
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (192, 448), (448, 192)])
+def test_what_refits_gain_is_searched_too(make_problem, monkeypatch, shape):
+    monkeypatch.setattr(dictionary, "_pace", lambda *_: 1.0)  # else it depends on the ratios there are
+    problem = make_problem(*shape, "activation")
+    settings = ProfilingConfig(**GRID)
+    best: dict[float, float] = {}
+    for removed_ratio in settings.removed_ratios:
+        for ratio in settings.rank_support_ratios:
+            alone = {"removed_ratios": [removed_ratio], "rank_support_ratios": [ratio]}
+            for option in dictionary.options(problem, settings.model_copy(update=alone)):
+                best[removed_ratio] = min(option.cost, best.get(removed_ratio, option.cost))
+    options = dictionary.options(problem, settings)
+    assert len(options) == len(best)
+    for option, least in zip(options, best.values(), strict=True):
+        assert option.cost <= TOLERANCE * least
+
+
 @pytest.mark.parametrize("start", [None, 0, 7, 20])
 def test_walk_finds_the_bottom_through_noise(start):
     errors = [abs(index - 13) + (0.9 if index % 2 else 0.0) for index in range(21)]

@@ -74,8 +74,13 @@ class Form(Protocol):
         """The form's options for a layer, at most one a removed ratio, each with its size and cost."""
         ...
 
-    def build(self, problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
-        """The tensors of the replacing layer, under the names of its class in `rocket.nn`, in float64."""
+    def build(
+        self, problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False
+    ) -> dict[str, Tensor]:
+        """The tensors of the replacing layer, under the names of its class in `rocket.nn`, in float64.
+
+        A ``draft`` is fitted only as far as a price needs: good enough to see what rounding does to it.
+        """
         ...
 
 

@@ -15,5 +15,5 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     return [Option(name, problem.weight.numel(), mask_bits=0, cost=0.0)]
 
 
-def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False) -> dict[str, Tensor]:
     return as_state(weight=problem.weight)

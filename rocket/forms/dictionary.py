@@ -147,13 +147,14 @@ def _factorize(
     )
 
 
-def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False) -> dict[str, Tensor]:
     support, rest = divmod(option.nnz, problem.out_features)
     if rest or not 0 < support <= option.rank:
         raise ValueError(
             f"nnz={option.nnz} is not the same number of coefficients, 1 to {option.rank}, for every output"
         )
-    dictionary, coefficients, mask = _factorize(problem, option.rank, support, settings, settings.refits)
+    refits = 0 if draft else settings.refits
+    dictionary, coefficients, mask = _factorize(problem, option.rank, support, settings, refits)
     values, packed = bitmap.pack(coefficients, mask)
     return {**as_state(dictionary=dictionary, weight=values), "mask": packed}
 

@@ -29,6 +29,6 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     return found
 
 
-def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False) -> dict[str, Tensor]:
     dictionary, coefficients, _ = factorize(problem.tempered, option.rank, support=option.rank)
     return as_state(dictionary=dictionary, weight=coefficients)

@@ -20,7 +20,8 @@ from rocket.nn import LAYERS
 def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """The options of a form once more, with int8 values; none of a form whose layer has no such values.
 
-    What rounding adds to the squared error is measured on the largest and on the smallest of them, and interpolated.
+    What rounding adds to the squared error is measured on drafts of the largest and of the smallest, and interpolated.
+    Of a smaller layer it is a third to a half more than of its draft, but there a few per cent of the error.
     """
     if not options or "int8" not in LAYERS[form.name].precisions:
         return []
@@ -28,7 +29,7 @@ def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settin
     prices = {}
     for option in {max(options, key=_size), min(options, key=_size)}:
         columns = option.spec(problem.in_features, problem.out_features, "").columns
-        exact = form.build(problem, option, settings)
+        exact = form.build(problem, option, settings, draft=True)
         rounded = quantize_state(exact, columns, problem.weight.dtype)
         before, after = (problem.evaluate(_multiplied_out(state, columns)) for state in (exact, rounded))
         prices[_size(option)] = max(after**power - before**power, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rocket.config.schema import ProfilingConfig
 from rocket.factorization.problem import LayerProblem
-from rocket.factorization.sparse import scale_problem
+from rocket.factorization.sparse import REPEATS, scale_problem
 from rocket.forms.base import Option, as_state, keep_ratio_budget, padded_bits
 from rocket.forms.knots import interpolate, knots_for
 from rocket.kernels import bitmap
@@ -52,8 +52,8 @@ def costs(problem: LayerProblem, removed_ratios: list[float]) -> list[float]:
     return known[key]
 
 
-def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False) -> dict[str, Tensor]:
     scaled = scale_problem(problem.tempered)
-    approximation, mask = scaled.sparsify(option.nnz)
+    approximation, mask = scaled.sparsify(option.nnz, PRICED if draft else REPEATS)
     values, packed = bitmap.pack(scaled.unscale(approximation), mask)
     return {**as_state(weight=values), "mask": packed}

@@ -97,13 +97,13 @@ def sizes_for(out_features: int, in_features: int, removed_ratio: float) -> tupl
     return (rank, count) if rank > 0 and count > 0 else None
 
 
-def build(problem: LayerProblem, option: Option, settings: ProfilingConfig) -> dict[str, Tensor]:
+def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False) -> dict[str, Tensor]:
     count = option.nnz - problem.out_features * option.rank
     if not 0 <= count <= problem.weight.numel():
         raise ValueError(f"nnz={option.nnz} with rank {option.rank} leaves {count} non-zeros beside the low-rank part")
     scaled = scale_problem(problem.tempered)
     deflated = Deflated(scaled, option.rank)
-    rest, mask, coefficients = deflated.decompose(count, BUILT)
+    rest, mask, coefficients = deflated.decompose(count, PRICED if draft else BUILT)
     rest, coefficients = scaled.unscale(rest), coefficients.double() / scaled.row_scale[:, None]
     lengths = _lengths(coefficients, rest)
     dictionary = deflated.atoms.double() / scaled.column_scale * lengths[:, None]

@@ -92,3 +92,27 @@ def test_atoms_of_very_different_length_are_balanced_first():
     atoms = state["dictionary"] * (state["dictionary_scale"] / 127)[:, None]
     exact = coefficients @ dictionary
     assert (steps.double() @ atoms.double() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["dictionary", "sparse_low_rank"])
+def test_rounding_is_priced_on_drafts(make_problem, monkeypatch, name):
+    (_, form), built = select_forms([name]), []
+
+    def watch(problem, option, settings, draft=False, build=form.build):
+        state = build(problem, option, settings, draft)
+        built.append((option, draft, state))
+        return state
+
+    monkeypatch.setattr(form, "build", watch)
+    problem = make_problem(40, 72, "activation")
+    options_of(problem, [form], BOTH)
+    assert [draft for _, draft, _ in built] == [True, True]
+    for option, _, drafted in built.copy():
+        kept = form.build(problem, option, BOTH)
+        assert problem.evaluate(dense(problem, option, kept)) < problem.evaluate(dense(problem, option, drafted))
+
+
+def dense(problem, option, state):
+    layer = empty_layer(option.spec(problem.in_features, problem.out_features, ""), bias=False).double()
+    layer.load_state_dict(state)
+    return layer.dense_weight().detach()

@@ -28,12 +28,13 @@ def test_options_stay_within_the_budget(make_problem, form, shape):
             assert 0 < option.parameters <= (1 - Fraction(str(ratio))) * shape[0] * shape[1]
             assert 0 <= option.rank <= min(shape)
             assert 0.0 <= option.cost < float("inf")
-            assert_built_as_said(problem, option)
+            assert_built_as_said(problem, option, draft=False)
+            assert_built_as_said(problem, option, draft=True)
     assert found or form != "sparse"
 
 
-def assert_built_as_said(problem, option: Option) -> None:
-    state = FORMS[option.form].build(problem, option, ProfilingConfig())
+def assert_built_as_said(problem, option: Option, draft: bool) -> None:
+    state = FORMS[option.form].build(problem, option, ProfilingConfig(), draft=draft)
     mask = state.pop("mask", torch.empty(0, dtype=torch.uint8))
     assert sum(tensor.numel() for tensor in state.values()) == option.parameters
     assert 8 * mask.numel() == option.mask_bits

@@ -14,6 +14,7 @@ from torch import nn
 from rocket.calib import SENSITIVITY_BATCH, sensitivity_samples
 from rocket.config import Config, RocketError
 from rocket.config.schema import ProfilingConfig
+from rocket.evaluation import TASK_BATCH
 from rocket.factorization.sparse import KEPT_INVERSES
 from rocket.models import (
     LinearLayer,
@@ -44,6 +45,7 @@ PANELS = 0.6  # of a square matrix, which Gram sums take
 SHARD = 1_000_000_000
 LOGIT_COPIES = 14  # bytes of scores, their float32 copy, its logarithm and gradient, beside the scores' own type
 LOSSES_BYTES = 250_000_000  # what losses take of a decoder's scores, which they read a part at a time
+TASK_TOKENS, TASK_BYTES = 200, 4  # of a question and its answer; a token's score in float32, beside its own type
 TEXT_BYTES = 500_000_000  # a text being tokenised
 UNTOLD_BYTES = 500_000_000  # about what the libraries take, where the system does not tell
 UNITS = 1e9
@@ -53,6 +55,7 @@ REMEDIES = {
     "profile layers": "set profiling.forms=[low_rank, dictionary], which take less than sparse forms",
     "compress": "set profiling.forms=[low_rank, dictionary], which take less than sparse forms",
     "evaluate": "lower evaluation.batch_size or evaluation.seq_len",
+    "zero-shot tasks": "lower evaluation.batch_size",
 }
 MOUNTED, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CGROUPS = (  # the limit, what is used of it, and what of that is only a cache of files, by its key in memory.stat
@@ -180,8 +183,8 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
     needs = {
         "gather activations": Need(
             base + weights + 2 * states + step + grams,
-            base + 2 * states + step + max(block + grams, outside),
-            2 * states,
+            base + 2 * states + step + max(block + grams, outside),  # what entered the first block stays, too
+            states,
         )
     }
     if samples := sensitivity_samples(calib, config.profiling):
@@ -204,8 +207,12 @@ def _needs(config: Config, model: Any, layers: Mapping[str, LinearLayer]) -> dic
             batch = written * getattr(text, "vocab_size", 0) * itemsize + LOSSES_BYTES + TEXT_BYTES
         else:
             batch = written * scores + TEXT_BYTES
-        states = 2 * tokens * hidden
-        needs["evaluate"] = Need(base + weights + batch, base + states + batch + max(block, outside), states)
+        states = tokens * hidden
+        needs["evaluate"] = Need(base + weights + batch, base + 2 * states + batch + max(block, outside), states)
+    if evaluation.tasks:
+        requests = TASK_BATCH * evaluation.batch_size * TASK_TOKENS
+        batch = requests * getattr(text, "vocab_size", 0) * (itemsize + TASK_BYTES)
+        needs["zero-shot tasks"] = Need(base + weights + batch, base + batch + max(block, outside))
     return needs
 
 

@@ -106,10 +106,14 @@ class RunDirectory:
         try:
             if lock is not None:
                 fcntl.flock(self._lock, (fcntl.LOCK_EX if lock == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
+            if isinstance(error, BlockingIOError):
+                raise RocketError(
+                    f"output_dir {path} is in use by another process; wait for it or choose another"
+                ) from None
             raise RocketError(
-                f"output_dir {path} is in use by another process; wait for it or choose another"
+                f"output_dir {path} cannot be locked: {_reason(error)}; choose one on a file system that has locks"
             ) from None
         try:
             if (path / "run.json").exists():

@@ -97,8 +97,13 @@ def test_second_run_skips_everything(write_config, monkeypatch):
     written, lines = artifacts(path), len(logged(path))
     assert not any(skipped for _, skipped in logged(path))
 
+    left_by_a_kill = path.parent / "run" / "layers" / "left.safetensors"
+    left_by_a_kill.parent.mkdir()
+    left_by_a_kill.write_bytes(b"")
+
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("the model was loaded again"))
     second = run(path)
+    assert not left_by_a_kill.parent.exists()
     assert dict(logged(path)[lines:]) == {
         "gather activations": True,
         "profile layers": True,

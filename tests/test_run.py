@@ -1,5 +1,6 @@
 """The run directory: whole artifacts or none, known by what made them, safe from others and from damage."""
 
+import errno
 import json
 import os
 import subprocess
@@ -410,3 +411,12 @@ def test_measure_reports_memory_of_the_block():
 
 def test_track_passes_everything_on():
     assert list(track((number for number in range(5)), "count")) == [0, 1, 2, 3, 4]
+
+
+def test_a_file_system_without_locks_is_not_called_in_use(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("rocket.run.fcntl.flock", refuse)
+    with pytest.raises(RocketError, match=r"cannot be locked: Function not implemented; choose one on a file system"):
+        RunDirectory(tmp_path / "run", IDENTITY)

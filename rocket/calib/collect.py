@@ -213,19 +213,20 @@ class _Collector:
         next(self._progress, None)
         return stand_in(call, self._from.passed[call.block], seed=0)
 
-    def visit(self, block: str, calls: Sequence[Call]) -> Iterator[Any]:
+    def visit(self, block: str, calls: list[Call]) -> Iterator[Any]:
         """Run a block on all batches, then work out its matrices."""
         start, self._from = self._from, None
         if start is None:
             self._save(calls)
-        for call in calls:
+        while calls:
+            call = calls.pop(0)
             if start is not None and self._waypoints is not None:
                 call = call.entered_by(self._waypoints.state(start, call))
             self._batch = call.task
             output = call.run()
             self._note_returned(call, output)
             yield output
-            del output
+            del call, output
             self._seen.clear()
             next(self._progress, None)
         self._close(self._of_block[block])
@@ -319,8 +320,8 @@ class _Collector:
         leader = self._seen.setdefault(id(inputs), (inputs, name))[1]
         if self.inputs.setdefault(name, leader) != leader:
             raise RocketError(
-                f"{name} shared its input with {self.inputs[name]} in an earlier batch and with {leader} in batch "
-                f"{self._batch}; add it to model.ignore"
+                f"{name} shared its input with {self.inputs[name]} in an earlier call and with {leader} in one of "
+                f"batch {self._batch}; add {name.rpartition('.')[2]} to model.ignore"
             )
         if leader != name:
             return
@@ -355,9 +356,6 @@ def _has_whole_state(call: Call) -> bool:
 
 
 def _state_of(call: Call) -> Tensor:
-    """A copy of the hidden state that enters a block, which waits on disk again if it did."""
+    """A copy of the hidden state that enters a block."""
     assert call.state is not None
-    call.load()
-    state = call.state.clone()
-    call.unload()
-    return state
+    return call.state.clone() if call.hidden is None else call.hidden.read()

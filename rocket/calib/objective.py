@@ -75,4 +75,4 @@ def _get(output: Any, name: str) -> Tensor | None:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (2 * torch.randint(0, 2, like.shape, generator=generator) - 1).to(like)
+    return (2 * torch.randint(0, 2, like.shape, generator=generator, device="cpu") - 1).to(like)

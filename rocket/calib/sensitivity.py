@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -168,27 +169,55 @@ class _Cut(torch.autograd.Function):
         return None, None, None
 
 
+class _Handle(torch.autograd.Function):
+    """A number in a tensor's place, whose backward pass gives the tensor the gradient that waits in ``box``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, box: list[Tensor]) -> Tensor:
+        ctx.box = box
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.box.pop(), None
+
+
 class _Step:
-    """One call of a block, whose output is cut off from what was before it."""
+    """One call of a block, whose output is cut off from what was before it.
+
+    Of a hidden state that waited on disk only the file is kept, and a handle: the model may keep the tensor itself.
+    """
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._gradients: list[Tensor | None] = []
+        self._waiting: list[Tensor] = []
+        self._handle: Tensor | None = None
 
     def run(self) -> Any:
         with torch.no_grad():
             output = self._call.run()
         cut = tree_map_only(Tensor, self._cut, output)
-        self._call.unload()
+        state = self._call.state
+        if self._call.hidden is not None and state is not None:
+            if state.requires_grad:
+                self._handle = _Handle.apply(state, self._waiting)  # type: ignore[no-untyped-call]
+            self._call = replace(self._call.entered_by(state.new_empty(0)), hidden=self._call.hidden)
         return cut
 
+    def _again(self) -> Call:
+        """The call as it was, with its hidden state in memory."""
+        if self._call.hidden is None:
+            return self._call
+        return self._call.entered_by(self._call.hidden.read().requires_grad_(self._handle is not None))
+
     def _cut(self, output: Tensor) -> Tensor:
-        number = len(self._gradients)
-        self._gradients.append(None)
+        gradients, number = self._gradients, len(self._gradients)  # and not the step: what it holds may hold the graph
+        gradients.append(None)
 
         def gather(gradient: Tensor) -> None:
-            before = self._gradients[number]
-            self._gradients[number] = gradient if before is None else before + gradient
+            before = gradients[number]
+            gradients[number] = gradient if before is None else before + gradient
 
         if not output.is_floating_point():
             return output
@@ -207,12 +236,12 @@ class _Step:
 
         if all(gradient is None for gradient in self._gradients):
             return
-        self._call.load()
-        args, kwargs = tree_map_only(Tensor, copy, (self._call.args, dict(self._call.kwargs)))
+        call = self._again()
+        args, kwargs = tree_map_only(Tensor, copy, (call.args, dict(call.kwargs)))
         # What enters a first block starts the graph, as no weight does.
         given = (*args[:1], kwargs.get("hidden_states"), *kwargs.values())
         next(value for value in given if isinstance(value, Tensor) and value.is_floating_point()).requires_grad_()
-        outputs = [leaf for leaf in tree_leaves(self._call.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(call.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
         reached = [
             (output, gradient)
             for output, gradient in zip(outputs, self._gradients, strict=True)
@@ -222,7 +251,9 @@ class _Step:
         for origin, tensor in pairs:
             if tensor.grad is not None:
                 torch.autograd.backward(origin, tensor.grad, retain_graph=True)
-        self._call.unload()
+        if self._handle is not None and call.state is not None and call.state.grad is not None:
+            self._waiting.append(call.state.grad)
+            torch.autograd.backward(self._handle, retain_graph=True)
 
 
 class _Chain:
@@ -232,13 +263,31 @@ class _Chain:
         self._model, self._progress = model, progress
         self._visits: list[tuple[str, list[_Step]]] = []
 
-    def visit(self, block: str, calls: Sequence[Call]) -> Iterator[Any]:
+    def visit(self, block: str, calls: list[Call]) -> Iterator[Any]:
         steps: list[_Step] = []
         self._visits.append((block, steps))
-        for call in calls:
-            steps.append(_Step(call))
+        while calls:
+            call = calls.pop(0)
             next(self._progress, None)
-            yield steps[-1].run()
+            if call.is_closed:
+                steps.append(_Step(call))
+                del call
+                yield steps[-1].run()
+            else:
+                yield self._run_with_graph(call)
+
+    def _run_with_graph(self, call: Call) -> Any:
+        """Leave the graph whole where blocks hand something on beside their outputs, such as keys and values."""
+        if is_streamed(self._model):
+            raise RocketError(
+                f"blocks of {type(self._model).__name__} tell each other more than their outputs, so sensitivities "
+                "need all of it in memory; raise memory_budget, or use profiling.cost: activation"
+            )
+        state = call.state
+        if state is not None and not state.requires_grad:  # as in `_Step.run_back`
+            call = call.entered_by(state.detach().requires_grad_())
+        next(self._progress, None)
+        return call.run()
 
     def run_back(self) -> None:
         while self._visits:
@@ -262,9 +311,16 @@ def _gradients_of_outputs(
         sums[name] += gradient.float().square().sum(dim=0).double().cpu()
         tokens[name] += len(gradient)
 
-    def watch(name: str, output: Tensor) -> None:
+    def watch(name: str, output: Tensor) -> Tensor | None:
         if output.requires_grad:
             output.register_hook(partial(add, name))
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        # What it reads has no gradient, as something else than the first block's hidden state: the graph starts here.
+        start = output.detach().requires_grad_().view_as(output)
+        start.register_hook(partial(add, name))
+        return start
 
     try:
         model.requires_grad_(False)

@@ -9,7 +9,7 @@ where blocks leave something for later ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -177,7 +177,7 @@ def can_go_on(model: nn.Module, run: Callable[[], object], passed: Mapping[str, 
             names.append(call.block)
         return stand_in(call, passed[call.block], seed=call.task)
 
-    def visit(block: str, calls: Sequence[Call]) -> Iterator[Any]:
+    def visit(block: str, calls: list[Call]) -> Iterator[Any]:
         is_known = block.rpartition(".")[0] == last.rpartition(".")[0] and block not in names
         if not is_known or len(calls) != 2 or any(call.state is None for call in calls):
             raise _DependsError

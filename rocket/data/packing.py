@@ -62,7 +62,7 @@ def pack_tokens(
     if num_samples is None:
         stream = _tokenise(documents, tokenizer, None)
     else:
-        order = torch.randperm(len(documents), generator=generator).tolist()
+        order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
         stream = _tokenise([documents[i] for i in order], tokenizer, OVERSAMPLING * num_samples * stride)
     windows = cut_windows(stream, seq_len, start)
     count = len(windows)
@@ -75,7 +75,7 @@ def pack_tokens(
         return windows
     if count < num_samples:
         logger.warning("the text makes only %d sequences of %d tokens, not %d: using all", count, seq_len, num_samples)
-    return windows[torch.randperm(count, generator=generator)[: num_samples + spare]]
+    return windows[torch.randperm(count, generator=generator, device="cpu")[: num_samples + spare]]
 
 
 def _tokenise(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> torch.Tensor:

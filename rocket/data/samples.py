@@ -74,7 +74,7 @@ def load_samples(source: str, split: Split, count: int | None = None, seed: int 
     if not reads:
         raise RocketError(_nothing_to_read(source, split))
     if count is not None:
-        order = torch.randperm(len(reads), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(reads), generator=torch.Generator().manual_seed(seed), device="cpu")
         reads = [reads[index] for index in order[:count].tolist()]
     return tuple(read() for read in reads)
 

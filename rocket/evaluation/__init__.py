@@ -1,6 +1,6 @@
 """What a compressed model still knows: perplexity, zero-shot accuracy, what fits other media; error bars."""
 
-from rocket.evaluation.evaluate import Evaluation, evaluate
+from rocket.evaluation.evaluate import TASK_BATCH, Evaluation, evaluate
 from rocket.evaluation.features import FeatureAgreement, agreement, class_accuracy, features_of_model
 from rocket.evaluation.harness import check_tasks
 from rocket.evaluation.metrics import Score
@@ -10,6 +10,7 @@ from rocket.evaluation.scores import Retained, TaskResult, chance_corrected_mean
 from rocket.evaluation.tasks import zero_shot
 
 __all__ = [
+    "TASK_BATCH",
     "Evaluation",
     "FeatureAgreement",
     "Perplexity",

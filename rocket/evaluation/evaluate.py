@@ -18,6 +18,8 @@ from rocket.evaluation.tasks import zero_shot
 from rocket.models import is_causal_lm, sample_batches, token_batches
 from rocket.models.processor import tokenizer_of
 
+TASK_BATCH = 4
+"""Requests of zero-shot tasks, short beside windows of text, that are answered at once for each window of a batch."""
 FEWEST_DOCUMENTS, FEWEST_TOKENS = 512, 16  # of a stream: so many documents at least, or one for so many tokens
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,9 @@ def evaluate(
     scores, kept = _measure(subjects, reference)
     tasks = {}
     if settings.tasks:
-        tasks = zero_shot(model, tokenizer_of(processor), settings.tasks, limit=settings.limit, batch_size=4 * size)
+        tasks = zero_shot(
+            model, tokenizer_of(processor), settings.tasks, limit=settings.limit, batch_size=TASK_BATCH * size
+        )
     return Evaluation(perplexities, tasks, scores, sorted(kept)), kept
 
 

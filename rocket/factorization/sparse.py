@@ -23,7 +23,7 @@ PENALTIES = (0.3, 0.36, 0.432, 0.5184, 0.62208)
 REPEATS = 3
 FIT_ITERATIONS = 5
 FLAT = 1e-4
-SAMPLE_STRIDE = 17
+SAMPLE_STRIDES = (17, 19, 23, 29, 31, 37)
 SMALL = 100_000
 DAMPING = 1e-3
 ROWS_AT_ONCE = 2048
@@ -47,7 +47,8 @@ def size_exceeded(matrix: Tensor, count: int) -> float:
 
     Selecting exactly takes longer than the matrix product before it, and passing supports need not be exact.
     """
-    sample = matrix.flatten()[:: SAMPLE_STRIDE if matrix.numel() >= SMALL else 1].abs()
+    stride = next(stride for stride in SAMPLE_STRIDES if matrix.shape[-1] % stride)  # else it keeps to some columns
+    sample = matrix.flatten()[:: stride if matrix.numel() >= SMALL else 1].abs()
     rank = round(sample.numel() * (1 - count / matrix.numel()))
     return float(sample.kthvalue(rank).values) if rank > 0 else -math.inf
 

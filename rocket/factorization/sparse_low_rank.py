@@ -33,7 +33,7 @@ class Deflated(SupportSearch):
     def __init__(self, scaled: ScaledProblem, rank: int) -> None:
         super().__init__(scaled.weight, scaled.gram, scaled.inverses)
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(rank, len(scaled.gram), generator=generator)
+        start = torch.randn(rank, len(scaled.gram), generator=generator, device="cpu")
         self._set_atoms(start.to(self.target))
         for _ in range(START_TURNS):
             self._turn(self.target)

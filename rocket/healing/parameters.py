@@ -38,7 +38,7 @@ class MaskedLowRank(nn.Module):
         packed = layer.is_sparse
         columns = layer.spec.columns
         rank = min(rank, columns, layer.out_features)
-        down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+        down = torch.randn(rank, columns, generator=generator, device="cpu") / math.sqrt(columns)
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(layer.out_features, rank, device=weight.device))
         self.register_buffer("mask", layer.get_buffer("mask") if packed else None, persistent=False)

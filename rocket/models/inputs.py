@@ -78,7 +78,8 @@ def run_forward(model: nn.Module, batch: Batch, scores: bool = True, through: nn
     if "use_cache" in forward_arguments(model):
         arguments["use_cache"] = False
     if not scores and "logits_to_keep" in forward_arguments(model):
-        arguments["logits_to_keep"] = 1
+        # Counted as a number, Gemma 4 runs whole blocks on so many tokens only.
+        arguments["logits_to_keep"] = torch.tensor([-1], device=parameter.device)
     with without_cache(model), with_padding_token(model):
         return (through or model)(**arguments)
 

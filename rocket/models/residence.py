@@ -117,30 +117,38 @@ def in_step(model: nn.Module) -> Iterator[None]:
 
 
 class Spilled:
-    """A tensor whose numbers are in a file until they are asked for; the file goes with it."""
+    """A tensor whose numbers are in a file until they are asked for; the file goes with this."""
 
     def __init__(self, tensor: Tensor, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
             self._path = Path(file.name)
-            self._storage = tensor.detach().untyped_storage()
-            self._bytes = self._storage.nbytes()
-            numbers = torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(self._storage)
+            storage = tensor.detach().untyped_storage()
+            self._bytes = storage.nbytes()
+            numbers = torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(storage)
             numbers.to("cpu", copy=True).numpy().tofile(file)  # what numpy has seen cannot be freed
         weakref.finalize(self, self._path.unlink, missing_ok=True)
         self._device = tensor.device
-        self.unload()
-
-    def unload(self) -> None:
-        """Free the memory; the numbers must be those of the file."""
-        self._storage.resize_(0)
+        self._like = torch.empty_like(tensor, device="meta")
+        self._empty: torch.UntypedStorage | None = storage
+        storage.resize_(0)
 
     def load(self) -> None:
-        """The numbers back into the tensor."""
-        if self._storage.nbytes() == 0:
-            self._storage.resize_(self._bytes)
-            numbers = torch.from_file(str(self._path), shared=False, size=self._bytes, dtype=torch.uint8)
-            torch.tensor([], dtype=torch.uint8, device=self._device).set_(self._storage).copy_(numbers)
+        """The numbers back into the tensor, which is its own from then on."""
+        if self._empty is not None:
+            self._empty.resize_(self._bytes)
+            self._read_into(self._empty)
+            self._empty = None
+
+    def read(self) -> Tensor:
+        """A tensor like it, of its own."""
+        tensor = torch.empty_like(self._like, device=self._device)
+        self._read_into(tensor.untyped_storage())
+        return tensor
+
+    def _read_into(self, storage: torch.UntypedStorage) -> None:
+        numbers = torch.from_file(str(self._path), shared=False, size=self._bytes, dtype=torch.uint8)
+        torch.tensor([], dtype=torch.uint8, device=self._device).set_(storage).copy_(numbers)
 
 
 class _Residence:

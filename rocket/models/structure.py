@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,11 +46,12 @@ def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequenc
     """The linear layers to compress, by name, in the order of the module tree.
 
     They are those (`linear.is_linear`) inside the repeated blocks whose weight no other module shares, but for the
-    routers of experts. ``targets``
-    keeps only those whose name ends with one of its entries (at a dot; the number of an expert at the end of a name may
-    be left out), or matches one written ``re:REGEX`` from the start; ``ignore`` drops layers in the same way. Raises
-    RocketError when an entry matches nothing or no layer is left.
+    routers of experts and for what torch's own encoder layer reads without calling it. ``targets`` keeps only those
+    whose name ends with one of its entries (at a dot; the number of an expert at the end of a name may be left out), or
+    matches one written ``re:REGEX`` from the start; ``ignore`` drops layers in the same way. Raises RocketError when an
+    entry matches nothing, when no layer is left, and for a model that changes its weights as it runs.
     """
+    _refuse_rescaled(model)
     blocks = find_blocks(model)
     candidates = {
         f"{block}.{name}": module
@@ -58,11 +60,11 @@ def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequenc
         if is_linear(module)
     }
     shared = shared_parameters(model)
-    routers = {id(router) for block in blocks.values() for router in _routers(block)}
+    left = {id(module) for block in blocks.values() for module in (*_routers(block), *_read_by_torch(block))}
     candidates = {
         name: module
         for name, module in candidates.items()
-        if id(module.weight) not in shared and id(module) not in routers
+        if id(module.weight) not in shared and id(module) not in left
     }
     if not candidates:
         kinds = sorted({type(module).__name__ for block in blocks.values() for module in block.modules()})
@@ -75,9 +77,32 @@ def target_layers(model: nn.Module, targets: Sequence[str] = (), ignore: Sequenc
     return {name: module for name, module in candidates.items() if name in selected}
 
 
+def _refuse_rescaled(model: nn.Module) -> None:
+    """RWKV divides weights when it is first evaluated: what is saved after that would be divided twice."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "rescale_every", 0) and any(
+        hasattr(module, "layers_are_rescaled") for module in model.modules()
+    ):
+        raise RocketError(
+            f"{type(model).__name__} divides its weights as it runs; set rescale_every to 0 in its config"
+        )
+
+
+def _read_by_torch(block: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers whose weights torch's fast path for evaluation takes, but does so only where no hook looks on."""
+    for module in block.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            yield from module.modules()
+
+
 def _routers(block: nn.Module) -> Iterator[nn.Module]:
-    """Linear layers beside experts that choose among them (one output each) or weigh a shared one (one output)."""
+    """Linear layers beside experts that choose among them (one output each) or weigh a shared one (one output).
+
+    Experts whose number the modules do not tell (all in one matrix, as DBRX's) have routers that are called so.
+    """
     for mixture in block.modules():
+        if type(mixture).__name__.endswith("Router"):
+            yield from (module for module in mixture.modules() if isinstance(module, LinearLayer))
         for experts in mixture.children():
             count = _count_experts(experts)
             inside = set(experts.modules())

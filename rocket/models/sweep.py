@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -43,6 +44,11 @@ class Call:
         candidates = (*self.args[:1], self.kwargs.get("hidden_states"))
         return next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is given tensors and plain values only: anything else may carry what one block tells another."""
+        return all(map(_is_plain, (*self.args, *self.kwargs.values())))
+
     def entered_by(self, state: Tensor) -> Call:
         """The same call with another hidden state."""
         own = self.state
@@ -59,16 +65,19 @@ class Call:
         if self.hidden is not None:
             self.hidden.load()
 
-    def unload(self) -> None:
-        """Let the hidden state wait on disk again, if it did."""
-        if self.hidden is not None:
-            self.hidden.unload()
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, list):
+        return all(_is_plain(entry) and not isinstance(entry, Tensor) for entry in value)
+    return isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device | None)
 
 
-def run_calls(block: str, calls: Sequence[Call]) -> Iterator[Any]:
+def run_calls(block: str, calls: list[Call]) -> Iterator[Any]:
     """The visit of a block that does nothing but run it."""
-    for call in calls:
-        yield call.run()
+    while calls:
+        yield calls.pop(0).run()
 
 
 def skip_none(call: Call) -> None:
@@ -78,13 +87,14 @@ def skip_none(call: Call) -> None:
 def sweep(
     model: nn.Module,
     tasks: Sequence[Callable[[], Result]],
-    visit: Callable[[str, Sequence[Call]], Iterable[Any]] = run_calls,
+    visit: Callable[[str, list[Call]], Iterable[Any]] = run_calls,
     skip: Callable[[Call], Any] = skip_none,
 ) -> list[Result]:
     """Results of the tasks, each of which runs the model once.
 
-    ``visit(block, calls)`` yields what each of the calls returns, in their order; all tasks that have come to a block
-    are in one visit of it. Where ``skip(call)`` is not None the call returns that, and its block is not visited.
+    ``visit(block, calls)`` yields what each of the calls returns, in their order, and takes each off its list, so that
+    its hidden state goes when it was used; all tasks that have come to a block are in one visit of it. Where
+    ``skip(call)`` is not None the call returns that, and its block is not visited.
     Memory: the hidden states of all batches, if they do not wait on disk, beside the weights of one block where a
     model's do not stay in memory (`residence`). What a task raises ends all of them.
     """
@@ -141,7 +151,8 @@ def _calls_wait(blocks: Mapping[str, nn.Module]) -> Iterator[Callable[[int, Call
         if number is None:
             return forward(*args, **kwargs)
         mode = torch.is_grad_enabled()
-        output = hub.switch(Call(number, name, forward, args, kwargs))
+        # What listens to a block (recorders of router scores) knows its listeners by the context.
+        output = hub.switch(Call(number, name, partial(copy_context().run, forward), args, kwargs))
         torch.set_grad_enabled(mode)
         return output
 

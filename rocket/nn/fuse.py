@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class SharedInput:
         for layer, factored in enumerate(self._factored):
             first = layer * len(cpu.Part._fields)
             values, scale, mask, offsets, bias, *dictionary = tensors[first : first + len(cpu.Part._fields)]
-            if values is None or mask is None or offsets is None or (factored and dictionary[0] is None):
+            if mask is None or offsets is None or not _is_there(values) or (factored and not _is_there(dictionary[0])):
                 return None
             parts.append(cpu.Part(values, scale, mask, offsets, bias, *dictionary))
         return parts
@@ -138,6 +139,11 @@ def share_inputs(model: nn.Module) -> None:
     for layers in groups.values():
         if len(layers) > 1 or layers[0].weight.is_cpu:
             SharedInput(layers)
+
+
+def _is_there(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Not so where it is held elsewhere while its layer does not run: DeepSpeed leaves an empty one."""
+    return tensor is not None and tensor.numel() > 0
 
 
 def _take_part(part: cpu.Part, inputs: Tensor) -> bool:

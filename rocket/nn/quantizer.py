@@ -60,6 +60,14 @@ class RocketConfig(QuantizationConfigMixin):  # type: ignore[misc]
             del values["experts"]
         return values
 
+    def rename(self, found: Mapping[str, str], groups: Mapping[str, str], experts: Mapping[str, str]) -> None:
+        """Take the names that a model has for its layers, by those that are here, and no layers that it has not."""
+        renamed = {name: dict(self.modules[old]) for old, name in found.items()}
+        for spec in renamed.values():
+            if spec.get("input_group") in groups:
+                spec["input_group"] = groups[spec["input_group"]]
+        self.modules, self.experts = renamed, dict(experts)
+
     def specs(self) -> dict[str, LayerSpec]:
         """The layer specs. Raises RocketError naming the layer whose entry is malformed."""
         specs = {}
@@ -89,22 +97,28 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
-        from rocket.models import check_places, read_headers  # here, as it imports the model classes
+        from rocket.models import check_places, expert_layouts, read_headers  # here, as it imports the model classes
 
         stored = None
         if checkpoint_files:
             config: Any = model.config
             check_places(config.name_or_path, checkpoint_files)
             stored = read_headers(checkpoint_files)
-        layers: dict[str, nn.Module] = _unstack(model, self.quantization_config.experts, stored)
+        refuse_parallel(model)
+        is_whole = _saved_as(model)
+        layers: dict[str, nn.Module] = _unstack(model, self.quantization_config.experts, stored, is_whole)
         specs = self.quantization_config.specs()
-        for name, module_name in match_modules(specs, [name for name, _ in model.named_modules()]).items():
+        names = [name for name, _ in model.named_modules()]
+        found = match_modules(specs, names, is_whole)
+        groups = match_modules({spec.input_group for spec in specs.values()}, names, is_whole=False)
+        for name, module_name in found.items():
             layer = _empty_replacement(name, model.get_submodule(module_name), specs[name])
             replace_module(model, module_name, layer)
             layers.pop(module_name, None)
             layers[name] = layer
         if stored is not None:
-            _check_tensors(model, layers, stored)
+            _check_tensors(model, layers, stored, is_whole)
+        self.quantization_config.rename(found, groups, expert_layouts(model))
         return model
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -165,15 +179,30 @@ class RocketQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """Asked by transformers before it compiles for a static cache; experts in a loop depend on the data."""
+        return not self.quantization_config.experts
 
 
-def match_modules(specs: Iterable[str], module_names: Iterable[str]) -> dict[str, str]:
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise RocketError if transformers is to cut the weights of a model into parts, which packed ones do not take."""
+    config: Any = model.config
+    parallel = getattr(config, "distributed_config", None)
+    if parallel is not None and (getattr(parallel, "tp_plan", None) or getattr(parallel, "tp_size", None)):
+        raise RocketError("compressed layers do not run tensor-parallel; leave out tp_plan, or `rocket export` it")
+
+
+def _saved_as(model: nn.Module) -> bool:
+    """Whether a checkpoint is of this class of models, not of one that has other parts."""
+    config: Any = model.config
+    return type(model).__name__ in (config.architectures or ())
+
+
+def match_modules(specs: Iterable[str], module_names: Iterable[str], is_whole: bool = True) -> dict[str, str]:
     """For each layer name of the config, the module of this model that it means.
 
     ``AutoModel`` drops the prefix under which ``AutoModelForCausalLM`` holds the same layer, so names are matched by
-    their longest common ending of whole components. Raises RocketError for a layer that this model does not have, and
-    for two that are the same in it.
+    their longest common ending of whole components. Raises RocketError for a layer that this model does not have, if it
+    is the whole of what was saved and not a part (T5's encoder), and for two that are the same in it.
     """
     from rocket.models import Endings  # here, as it imports the model classes
 
@@ -182,6 +211,8 @@ def match_modules(specs: Iterable[str], module_names: Iterable[str]) -> dict[str
     owners: dict[str, str] = {}
     for name in specs:
         match = present.find(name)
+        if match is None and not is_whole:
+            continue
         if match is None:
             raise RocketError(f"config.json: {name} is compressed, but this model has no such layer")
         if match in owners:
@@ -242,13 +273,13 @@ def _keep_names(model: nn.Module) -> None:
 
 
 def _unstack(
-    model: nn.Module, experts: Mapping[str, str], stored: Mapping[str, StoredTensor] | None
+    model: nn.Module, experts: Mapping[str, str], stored: Mapping[str, StoredTensor] | None, is_whole: bool
 ) -> dict[str, nn.Module]:
     """Make experts layers of their own as config.json says; these, by name."""
     from rocket.models import unstack_as  # here, as it imports the model classes
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
-    layouts = {name: experts[stack] for stack, name in match_modules(experts, parameters).items()}
+    layouts = {name: experts[stack] for stack, name in match_modules(experts, parameters, is_whole).items()}
     for name in layouts:
         if stored is not None and len(parameters[name]) > len(stored):
             raise RocketError(f"config.json: {name} has {len(parameters[name])} experts, the checkpoint fewer tensors")
@@ -277,7 +308,9 @@ def _empty_replacement(name: str, linear: nn.Module, spec: LayerSpec) -> Compres
     return layer.to(next(linear.parameters()).dtype)
 
 
-def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(
+    model: nn.Module, layers: Mapping[str, nn.Module], stored: Mapping[str, StoredTensor], is_whole: bool
+) -> None:
     """Compare what config.json makes of the model, on meta, with what the files hold.
 
     transformers fills tensors that a checkpoint lacks with random numbers and a warning. Here that is an error; but for
@@ -289,8 +322,6 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
     present = Endings(stored)
     rebuilt = getattr(model, "_keys_to_ignore_on_save", None) or ()  # by transformers, whenever it makes the model
     ours = {id(tensor): f"{name}.{key}" for name, layer in layers.items() for key, tensor in _tensors_of(layer)}
-    config: Any = model.config
-    saved_as_this = type(model).__name__ in (config.architectures or ())
     blocks = tuple(f"{name}." for name in find_blocks(model))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     persistent = model.state_dict().keys()
@@ -303,7 +334,7 @@ def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], stored: Ma
             continue
         if name in tied:
             continue
-        if stored_name is None and name in persistent and (inside or saved_as_this) and name not in rebuilt:
+        if stored_name is None and name in persistent and (inside or is_whole) and name not in rebuilt:
             raise RocketError(f"the checkpoint lacks the tensor {own_name}; a file is missing or was replaced")
         made += tensor.numel()
     check_size(made)

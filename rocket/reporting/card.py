@@ -42,7 +42,8 @@ def model_card(
         "## Size\n\n" + _sizes(plan),
         "## Quality\n\n" + _quality(plan, original, compressed, healed),
         "## What became of the layers\n\n" + _forms(plan),
-        "## Opening it\n\n" + _opening(checkpoint, config, plan),
+        "## Opening it\n\n"
+        + _opening(checkpoint, config, f"{plan.budget.name}-healed" if healed else plan.budget.name),
         "## How it was made\n\n"
         f"`rocket run --config config.yaml`, with this `config.yaml`:\n\n```yaml\n{_settings(config)}```",
     ]
@@ -113,14 +114,15 @@ def _forms(plan: Plan) -> str:
     return _table(("layers", *forms), rows)
 
 
-def _opening(checkpoint: Path, config: Config, plan: Plan) -> str:
-    opened = AutoConfig.from_pretrained(checkpoint, trust_remote_code=config.model.trust_remote_code)
+def _opening(checkpoint: Path, config: Config, folder: str) -> str:
+    trusted = config.model.trust_remote_code
+    opened = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trusted)
     name = auto_class(opened).__name__
     return f"""```python
 import rocket  # the package rocket-compress: teaches transformers the format
 from transformers import {name}
 
-model = {name}.from_pretrained("{plan.budget.name}")
+model = {name}.from_pretrained("{folder}"{", trust_remote_code=True" if trusted else ""})
 model.optimize()  # products by rocket's kernels
 ```"""
 

@@ -30,6 +30,8 @@ def compress_model(session: Session) -> Path:
     path = session.run.path / session.checkpoint
     if session.agree(session.run.has_directory(session.checkpoint, session.plan_fingerprint)):
         session.skip("compress")
+        if session.leads:
+            session.run.remove(_BUILT)  # of a process that was killed when the checkpoint was complete
         return path
     with session.stage("compress"):
         built = _build_layers(session, plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from rocket.config import RocketError
@@ -26,16 +25,16 @@ def heal_model(session: Session) -> Path:
     if config.healing is None:
         raise RocketError("the config has no healing section; add one, or say for example --set healing.minutes=20")
     compressed, healed = compress_model(session), run.path / session.healed_checkpoint
-    expected = session.healing_fingerprint
+    expected, scratch = session.healing_fingerprint, f"healing/{session.budget.name}"
     if run.has_directory(session.healed_checkpoint, expected):
         session.skip("heal")
+        run.remove(scratch)  # of a process that was killed when the checkpoint was complete
         return healed
     examples, plan = healing_examples(session, config.healing), make_plan(session)
     session.release_model()
-    scratch = run.path / "healing" / session.budget.name
     with session.stage("heal"), run.new_directory(session.healed_checkpoint, expected) as directory:
-        heal(compressed, config.model, config.healing, examples, scratch / expected, directory)
+        heal(compressed, config.model, config.healing, examples, run.path / scratch / expected, directory)
         card = model_card(directory, config, plan, healed=True)
         (directory / UNCHECKED).write_text(card, encoding="utf-8")
-    shutil.rmtree(scratch)
+    run.remove(scratch)
     return healed

@@ -11,6 +11,7 @@ from rocket.factorization.sparse import (
     SupportSearch,
     keep_top,
     scale_problem,
+    size_exceeded,
 )
 
 
@@ -184,3 +185,17 @@ def test_dead_channels_are_dropped_first(make_problem):
     problem.gram[5], problem.gram[:, 5] = 0, 0
     _, mask = scale_problem(problem).sparsify(64)
     assert not mask[:, 5].any()
+
+
+@pytest.mark.parametrize("columns", [1024, 1088, 17 * 19 * 8])
+def test_samples_see_all_columns(columns):
+    sizes = torch.ones(200, columns) * torch.linspace(0.1, 3.0, columns)  # as large as their column says
+    count = sizes.numel() // 2
+    assert abs(int((sizes > size_exceeded(sizes, count)).sum()) - count) < 0.02 * count
+
+
+def test_one_column_in_seventeen_may_be_large():
+    sizes = torch.rand(1000, 1088, generator=torch.Generator().manual_seed(0))
+    sizes[:, ::17] += 5.0
+    count = sizes.numel() // 2
+    assert abs(int((sizes > size_exceeded(sizes, count)).sum()) - count) < 0.02 * count

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from transformers import DbrxConfig, DbrxForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from rocket.config.errors import RocketError
 from rocket.models import block_of, find_blocks, target_layers, unstack_experts
@@ -166,3 +167,29 @@ def test_routers_are_left_alone(experts):
     names = [name.removeprefix("blocks.0.") for name in target_layers(model)]
     stack = "mlp.experts.weight" if isinstance(experts, Experts) else "mlp.experts"
     assert names == ["k", "mlp.shared", *(f"{stack}.{number}" for number in range(3))]
+
+
+def test_routers_of_experts_that_are_one_matrix():
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4}
+    experts = {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 48}
+    config = DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, vocab_size=61, max_seq_len=64, attn_config=attention, ffn_config=experts
+    )
+    layers = target_layers(DbrxForCausalLM(config))
+    assert layers
+    assert not [name for name in layers if "router" in name]
+
+
+def test_what_torch_reads_without_calling_it_is_left_alone():
+    def block():
+        return nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 24, batch_first=True))
+
+    assert list(target_layers(nn.Sequential(nn.ModuleList([block(), block()])))) == ["0.0.0", "0.1.0"]
+
+
+def test_a_model_that_changes_its_weights_is_refused():
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, rescale_every=2))
+    with pytest.raises(RocketError, match=r"RwkvForCausalLM divides its weights as it runs; set rescale_every to 0"):
+        target_layers(model)
+    model.config.rescale_every = 0
+    assert target_layers(model)

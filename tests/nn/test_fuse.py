@@ -347,3 +347,12 @@ def test_products_keep_no_tensors(group):
     reference = weakref.ref(layer.mask)
     layer.mask = layer.mask.clone()
     assert reference() is None
+
+
+def test_mates_whose_tensors_are_elsewhere_do_not_matter(group):
+    first, *mates = group.layers
+    x = torch.randn(1, first.in_features)
+    expected = plain(first, x)
+    for layer in mates:
+        layer.weight.data = layer.weight.new_empty(0)
+    torch.testing.assert_close(out_of(first, x), expected)

@@ -1,22 +1,32 @@
 """Our checkpoints under transformers: reload bit by bit, refuse what is damaged, never load garbage."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
+import rocket
 from benchmarks.harness import peak_memory_mb
 from rocket.config.errors import RocketError
-from rocket.models import check_size
+from rocket.models import check_places, check_size
 from rocket.nn import CompressedLinear, RocketConfig
-from rocket.nn.quantizer import match_modules
+from rocket.nn.quantizer import match_modules, refuse_parallel
 
 FORMS = ["low_rank", "dictionary", "sparse", "sparse_low_rank"]
 
@@ -24,8 +34,6 @@ FORMS = ["low_rank", "dictionary", "sparse", "sparse_low_rank"]
 @pytest.fixture(scope="module")
 def compress_tiny(make_model, token_ids, quick_settings):
     """Compresses a tiny model of a family: every layer to one form, or (None) to dense and each form in turn."""
-    import rocket
-
     calib, profiling = quick_settings
 
     def compress(family: str = "llama", form: str | None = None, dtype: torch.dtype = torch.float32):
@@ -492,3 +500,59 @@ def test_names_are_matched_by_their_ending():
     assert found == {"model.layers.1.mlp.up": "layers.1.mlp.up", "layers.2.mlp.up": "model.lm.layers.2.mlp.up"}
     with pytest.raises(RocketError, match=r"model\.layers\.3\.mlp\.up is compressed"):
         match_modules(["model.layers.3.mlp.up"], modules)
+
+
+def test_opens_from_the_current_directory(saved, monkeypatch, token_ids):
+    monkeypatch.chdir(saved)
+    here = AutoModelForCausalLM.from_pretrained(".")
+    assert torch.equal(here(token_ids).logits, AutoModelForCausalLM.from_pretrained(saved)(token_ids).logits)
+
+
+def test_opens_from_a_cache_beside_the_current_directory(saved, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(saved, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    AutoModelForCausalLM.from_pretrained("org/name", cache_dir="../hub", local_files_only=True)
+
+
+def test_index_of_the_hub_that_leads_outside():
+    cached = Path("/home/me/hub/models--org--name/snapshots/0123")
+    check_places("org/name", [cached / "model.safetensors"])
+    with pytest.raises(RocketError, match="which is not in it"):
+        check_places("org/name", [cached / "../4567/model.safetensors"])
+
+
+def test_opens_a_part_of_what_was_saved(tmp_path, quick_settings):
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    calib, profiling = quick_settings
+    small = rocket.compress(model, rocket.plan(model, ids, calib=calib, profiling=profiling).at(removed_ratio=0.3))
+    small.save_pretrained(tmp_path / "whole")
+    encoder = T5EncoderModel.from_pretrained(tmp_path / "whole")
+    assert torch.equal(encoder(ids).last_hidden_state, small.encoder(ids).last_hidden_state)
+    encoder.save_pretrained(tmp_path / "part")
+    modules = json.loads((tmp_path / "part" / "config.json").read_text())["quantization_config"]["modules"]
+    assert modules.keys() == {n for n, layer in encoder.named_modules() if isinstance(layer, CompressedLinear)}
+    again = T5EncoderModel.from_pretrained(tmp_path / "part")
+    assert torch.equal(again(ids).last_hidden_state, encoder(ids).last_hidden_state)
+
+
+def test_config_json_names_layers_as_the_class_that_saves_them_does(saved, tmp_path):
+    AutoModel.from_pretrained(saved).save_pretrained(tmp_path / "bare")
+    modules = json.loads((tmp_path / "bare" / "config.json").read_text())["quantization_config"]["modules"]
+    stored = load_file(tmp_path / "bare" / "model.safetensors")
+    assert all(f"{name}.weight" in stored for name in modules)
+    named = {*modules, *(spec["input_group"] for spec in modules.values())}
+    assert not any(name.startswith("model.") for name in named)
+
+
+def test_tensor_parallel_is_refused(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    refuse_parallel(model)
+    model.config.distributed_config = SimpleNamespace(tp_plan="auto", tp_size=None)
+    with pytest.raises(RocketError, match="do not run tensor-parallel"):
+        refuse_parallel(model)

@@ -58,6 +58,14 @@ def test_its_code_opens_the_model(summary, monkeypatch):
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
 
 
+def test_a_healed_model_is_opened_by_its_own_name(summary):
+    card = model_card(summary.path, summary.config, summary.plan, healed=True)
+    assert f'from_pretrained("{summary.path.name}-healed")' in card
+    trusted = summary.config.model.model_copy(update={"trust_remote_code": True})
+    trusting = summary.config.model_copy(update={"model": trusted})
+    assert f'("{summary.path.name}", trust_remote_code=True)' in model_card(summary.path, trusting, summary.plan)
+
+
 @pytest.mark.parametrize(
     ("path", "base"),
     [

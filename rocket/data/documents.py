@@ -84,6 +84,8 @@ def _nothing_to_read(source: str, split: Split, seen: int) -> str:
     if not seen:
         return f"{source}: holds no text; name a source that does"
     other = "evaluate on another source (in Python: split='all')" if split == "held_out" else "name another source"
+    if source.lower().endswith(".txt"):
+        other = f"part them by blank lines, or {other}"
     return (
         f"{source}: has {seen} document(s), none of which falls into the {split} split (about 10 % are held out, by "
         f"their hash); add documents, or {other}"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from rocket.config.errors import RocketError
 from rocket.data import cut_windows, leading_token
-from rocket.models import evaluation_mode, is_streamed, run_forward, sweep
+from rocket.models import evaluation_mode, is_streamed, most_positions, run_forward, sweep
 from rocket.usage import track
 
 # Logit entries upcast to fp32 at once: 64 MiB.
@@ -130,6 +130,6 @@ def _check(model: Any, seq_len: int, batch_size: int) -> None:
         raise RocketError(f"seq_len {seq_len}: a window needs at least 2 tokens, one of context and one to predict")
     if batch_size < 1:
         raise RocketError(f"batch_size {batch_size}: must be at least 1")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = most_positions(model)
     if positions is not None and seq_len > positions:
         raise RocketError(f"seq_len {seq_len} exceeds the model's {positions} positions; lower seq_len")

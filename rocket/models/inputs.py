@@ -61,6 +61,21 @@ def takes_text_alone(model: nn.Module) -> bool:
     return "input_ids" in forward_arguments(model) and (not takes_media(model) or is_causal_lm(model))
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """The tokens that a text may have; None if the model's config does not say.
+
+    RoBERTa and its kin count positions from behind the padding's, so that their table has more rows than positions.
+    """
+    config: Any = getattr(model, "config", None)
+    count = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    if not isinstance(count, int):
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return min(count, module.num_embeddings - module.padding_idx - 1)
+    return count
+
+
 def run_forward(model: nn.Module, batch: Batch, scores: bool = True, through: nn.Module | None = None) -> Any:
     """The model's output for a batch, on its device and in its type, without a cache.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def _open_processor(name: str, source: str, model: PreTrainedModel, options: dic
         return open_processor(source, model, **options)
     except Exception as error:
         reason = first_line(error).removesuffix(":")
+        if find_spec("PIL") is None:
+            reason += "; for images: pip install pillow"
         raise RocketError(
             f"model.path={name!r} brings no tokenizer or processor that {type(model).__name__} could be fed by; save "
             f"the one of its original beside it ({reason})"

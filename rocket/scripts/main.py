@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rocket import pipeline
+from rocket import __version__, pipeline
 from rocket.config import RocketError
 from rocket.reporting.figures import draw_plan, draw_report
 from rocket.scripts.cli import ConfigOption, SetOption, console, run
@@ -28,6 +28,21 @@ main = typer.Typer(
     "Each command runs the stages before it where their artifacts are missing from output_dir, and skips them "
     "otherwise.",
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"rocket {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@main.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What is asked of no single command; the text of ``--help`` is the application's."""
 
 
 def plan(

@@ -21,7 +21,7 @@ def show_curve(planner: Planner, points: Sequence[CurvePoint]) -> None:
         table.add_column("corrected (nats)")
         table.add_column("perplexity x")
     for point in points:
-        row = [f"{100 * point.removed_ratio:.1f}", f"{point.parameters:,}", f"{point.bytes:,}", f"{point.cost:.4f}"]
+        row = [f"{100 * point.removed_ratio:.1f}", f"{point.parameters:,}", f"{point.bytes:,}", f"{point.cost:.4g}"]
         if point.loss_increase is not None:
             row += [f"{point.loss_increase:.4f}", f"{math.exp(min(point.loss_increase, 700.0)):.3f}"]
         table.add_row(*row)
@@ -29,7 +29,7 @@ def show_curve(planner: Planner, points: Sequence[CurvePoint]) -> None:
     for measured in planner.measured:
         console.print(
             f"measured at {100 * measured.removed_ratio:.1f} % removed: {measured.loss_increase:.4f} nats, "
-            f"predicted {measured.cost:.4f}"
+            f"predicted {measured.cost:.4g}"
         )
 
 
@@ -43,4 +43,4 @@ def show_plan(planner: Planner, plan: Plan) -> None:
         share = 1 - sum(plan.choices[layer].parameters for layer in layers) / sum(dense[layer] for layer in layers)
         table.add_row(kind, *(str(count) if count else "" for count in counts), f"{100 * share:.1f}")
     console.print(table)
-    console.print(f"{plan.budget.name}: cost {plan.cost:.4f}; {plan.bytes:,} bytes")
+    console.print(f"{plan.budget.name}: cost {plan.cost:.4g}; {plan.bytes:,} bytes")

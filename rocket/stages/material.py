@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +21,15 @@ from rocket.data import (
     pack_tokens,
 )
 from rocket.evaluation import check_tasks
-from rocket.models import Batch, is_causal_lm, sample_batches, takes_media, takes_text_alone, token_batches
+from rocket.models import (
+    Batch,
+    is_causal_lm,
+    most_positions,
+    sample_batches,
+    takes_media,
+    takes_text_alone,
+    token_batches,
+)
 from rocket.models.processor import tokenizer_of
 from rocket.session import Session
 
@@ -48,6 +57,9 @@ def check_sources(session: Session) -> None:
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
     if not reads_samples(session, calib.source):
         lengths = {"calib.seq_len": calib.seq_len, **lengths}
+    healing = session.config.healing
+    if healing is not None and not reads_samples(session, healing.source):
+        lengths["healing.seq_len"] = healing.seq_len
     for key, length in lengths.items():
         _check_length(model, key, length)
 
@@ -55,23 +67,34 @@ def check_sources(session: Session) -> None:
 def _check_splits(session: Session) -> None:
     """Whether each source holds something of the split that it is going to be read for."""
     config = session.config
-    for section in (config.calib, config.healing):
-        if section is None:
-            continue
-        if reads_samples(session, section.source):
-            check_samples(section.source, "calibration")
-        else:
-            check_documents(section.source, "calibration", section.text_field)
+    for key, section in {"calib.source": config.calib, "healing.source": config.healing}.items():
+        if section is not None:
+            with _named(key):
+                if reads_samples(session, section.source):
+                    check_samples(section.source, "calibration")
+                else:
+                    check_documents(section.source, "calibration", section.text_field)
     for source in config.evaluation.texts:
-        check_documents(source, "held_out", config.evaluation.text_field)
+        with _named("evaluation.texts"):
+            check_documents(source, "held_out", config.evaluation.text_field)
     for source in config.evaluation.samples:
-        check_samples(source, "held_out")
+        with _named("evaluation.samples"):
+            check_samples(source, "held_out")
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors say which key of the config they are of: it may be one that has its default."""
+    try:
+        yield
+    except RocketError as error:
+        raise RocketError(f"{key}: {error}") from None
 
 
 def _check_length(model: PreTrainedModel, key: str, length: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model)
     if positions is not None and length > positions:
-        raise RocketError(f"{key}={length} exceeds the model's {positions} positions")
+        raise RocketError(f"{key}={length} exceeds the model's {positions} positions; lower it")
 
 
 def reads_samples(session: Session, source: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rocket.config import Config, RocketError, dump_config, load_config
-from rocket.config.schema import parse_bytes
+from rocket.config.schema import CalibConfig, EvaluationConfig, parse_bytes
 
 SHIPPED = sorted((Path(__file__).parents[2] / "rocket" / "config").glob("*.yaml"))
 
@@ -102,7 +102,15 @@ def test_overrides(write, override, read):
         ("profiling: {removed_ratios: [0.2, 2.0]}", "profiling.removed_ratios.1=2.0: "),
         ("profiling: {rank_support_ratios: [0.5]}", "profiling.rank_support_ratios.0=0.5: "),
         ("calib: 3", "calib=3: "),
-        ("calib:", "calib=None: "),
+        ("calib: {seed: 1}\nmodel: {path: a}\ncalib: {source: b.txt}", "is not YAML: calib is there twice"),
+        ("calib: {seed: 1, seed: 2}", "is not YAML: seed is there twice; write one of it"),
+        ("evaluation: {texts: a.txt}", "evaluation.texts='a.txt': must be a list; write [a, b]"),
+        ("evaluation: {max_tokens: 512}", "max_tokens=512 is less than one window of seq_len=1024; raise it"),
+        (
+            "compression: {removed_ratio: 0.95}",
+            "=0.95 is more than the largest of profiling.removed_ratios, 0.7",
+        ),
+        ("output_dir:", "output_dir=None: must be the path of a file or folder"),
         ("[1, 2]", "holds a list; expected keys and values"),
         ("a: b: c", "is not YAML: "),
         ("model: {path: !!python/object/apply:os.system [ls]}", "is not YAML: "),
@@ -168,3 +176,9 @@ def test_absurd_size(write):
 )
 def test_sizes(text, value):
     assert parse_bytes(text) == value
+
+
+def test_a_section_without_entries_has_its_defaults(write):
+    config = load_config(write("calib:\nevaluation:\nhealing:\n"))
+    assert (config.calib, config.evaluation) == (CalibConfig(), EvaluationConfig())
+    assert config.healing is None

@@ -52,7 +52,8 @@ def test_side_left_empty_by_the_hash_split(write, empty_side, other_side, hint):
     text = next(text for text in TEXTS if is_held_out(text) == (other_side == "held_out"))
     path = write("one.txt", text)
     with pytest.raises(
-        RocketError, match=rf"has 1 document\(s\), none of which .* {empty_side}.*; add documents, or {hint}"
+        RocketError,
+        match=rf"has 1 document\(s\), none of which .* {empty_side}.*; add documents, or part them by .*, or {hint}",
     ) as error:
         load_documents(str(path), empty_side)
     assert "\n" not in str(error.value)

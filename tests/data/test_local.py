@@ -4,6 +4,7 @@ import pytest
 
 from rocket.config.errors import RocketError
 from rocket.data import load_documents
+from rocket.data.splits import Corpus
 
 
 def texts(path, **options):
@@ -95,6 +96,18 @@ def test_text_that_is_not_utf8(tmp_path, name):
     (tmp_path / name).write_bytes(b"caf\xe9 au lait")
     with pytest.raises(RocketError, match=r"a\.\w+: not UTF-8 text"):
         texts(tmp_path / name)
+
+
+def test_endings_in_capitals(write, tmp_path):
+    assert texts(write("A.TXT", "one\n\ntwo")) == ("one", "two")
+    write("B.JSONL", '{"text": "three"}')
+    assert texts(tmp_path) == ("one\n\ntwo", "three")
+
+
+def test_a_txt_file_without_blank_lines_is_told_of_them(write, monkeypatch):
+    monkeypatch.setattr(Corpus, "select", lambda *_: iter([("all of it", False)]))
+    with pytest.raises(RocketError, match=r"1 document\(s\), none .*; add documents, or part them by blank lines, or"):
+        load_documents(str(write("a.txt", "all of it")), "held_out")
 
 
 def test_file_that_cannot_be_opened(tmp_path):

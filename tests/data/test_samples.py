@@ -150,6 +150,9 @@ def test_what_holds_samples(tmp_path, image_folder):
     assert not holds_samples(str(text))
     assert not holds_samples("embedded")
     assert not holds_samples("hub:owner/images")
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"text": "caf\xe9"}')
+    assert not holds_samples(str(latin))
     with pytest.raises(RocketError, match=r"text\.jsonl: holds text, not images or speech"):
         load_samples(str(text), "all")
     with pytest.raises(RocketError, match="no such source or file"):
@@ -208,9 +211,15 @@ def no_text(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file": "a.wav"}')
 
 
+def latin_transcript(folder: Path) -> None:
+    write_audio(folder / "a.wav", np.zeros(10))
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (latin_transcript, r"a\.txt: not UTF-8 text"),
         (broken_image, r"a\.png: no image that can be read"),
         (wide_audio, r"a\.wav: has 32 bits a sample, not 16"),
         (no_audio, r"a\.wav: no readable WAV file"),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
@@ -18,6 +20,7 @@ from rocket.config.errors import RocketError
 from rocket.models import (
     first_batches,
     labels_of,
+    most_positions,
     run_forward,
     token_batches,
     without_cache,
@@ -125,3 +128,12 @@ def test_caches_are_off_for_a_while(make_model):
     with without_cache(model):
         assert not model.config.use_cache
     assert model.config.use_cache
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 32), ("roberta", 30)])
+def test_positions_that_a_text_may_have(family, count):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model(family, **sizes, vocab_size=61, max_position_embeddings=32, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    assert most_positions(model) == count
+    model(torch.full((1, count), 5))

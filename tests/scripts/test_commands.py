@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import rocket
 from rocket import pipeline
 from rocket.scripts import (
     compress_model,
@@ -79,6 +80,10 @@ def test_help_of_the_commands(command):
     assert result.exit_code == 0
     assert "--config" in result.output
     assert "--set" in result.output
+
+
+def test_version():
+    assert invoke(main.main, "--version").output == f"rocket {rocket.__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["", *SUBCOMMANDS])
@@ -163,11 +168,16 @@ def test_all_commands_in_turn(home):
         ("calib.seq_len=100000", "calib.seq_len=100000 exceeds the model's 128 positions"),
         ("profiling.forms=[dictonary]", "no form 'dictonary'; did you mean 'dictionary'?"),
         ("allocation.method=greedy", "allocation.method='greedy': there are knapsack, uniform"),
-        ("compression.removed_ratio=0.8", "removed-0.80 cannot be reached: the profiled options remove at most 0."),
+        ("compression.removed_ratio=0.8", "removed_ratio=0.8 is more than the largest of profiling.removed_ratios, 0."),
         ("compression.bytes=1KB", "bytes-1KB cannot be reached: the profiled options take at least "),
         ("compression.kept_parameters=10", "cannot be reached: the profiled options keep at least "),
         ("evaluation.texts=[nowhere.txt]", "'nowhere.txt': no such source or file"),
-        ("evaluation.seq_len=100000", "evaluation.seq_len=100000 exceeds the model's 128 positions"),
+        (
+            "evaluation={seq_len: 50000, max_tokens: 60000}",
+            "evaluation.seq_len=50000 exceeds the model's 128 positions",
+        ),
+        ("calib.source=embedded:images", "calib.source: embedded:images: holds images or speech, not text"),
+        ("evaluation.max_tokens=8", "max_tokens=8 is less than one window of seq_len="),
         ("evaluation.tasks=[piqqa]", "piqqa: no such task"),
         ("reporting.country=Germany", "reporting.country='Germany': String should match pattern '^[A-Z]{3}$'"),
         ("healing.tokens=null", "healing: give tokens or minutes, after which to stop"),

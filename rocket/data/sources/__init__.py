@@ -52,6 +52,8 @@ def open_source(source: str, text_field: str) -> Corpus:
         name, _, config = source.removeprefix("hub:").partition(":")
         return hub.read(name, config or None, text_field)
     check_source(source)
+    if source in SAMPLE_SOURCES:
+        raise RocketError(f"{source}: holds images or speech, not text; it is for models that take them")
     return local.read(Path(source).expanduser(), text_field)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rocket.config.errors import RocketError
-from rocket.data.sources.rows import json_rows, no_such_field, text_of
+from rocket.data.sources.rows import in_utf8, json_rows, no_such_field, text_of
 from rocket.data.splits import Corpus
 
 Reader = Callable[[Path, str], Iterator[str]]
@@ -13,14 +13,14 @@ Reader = Callable[[Path, str], Iterator[str]]
 def read(path: Path, text_field: str) -> Corpus:
     """Find the files: in a folder recursively, sorted by path."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
-    elif path.suffix in READERS:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS)
+    elif path.suffix.lower() in READERS:
         files = [path]
     else:
         raise RocketError(f"{path}: cannot read files of this kind; give one of {', '.join(READERS)}")
     if not files:
         raise RocketError(f"{path}: no {', '.join(READERS)} file in this folder")
-    only_file_is_txt = [file.suffix for file in files] == [".txt"]
+    only_file_is_txt = [file.suffix.lower() for file in files] == [".txt"]
     readers = {".txt": _paragraphs} if only_file_is_txt else READERS
     return Corpus({"all": _texts(files, readers, text_field)})
 
@@ -28,9 +28,8 @@ def read(path: Path, text_field: str) -> Corpus:
 def _texts(files: list[Path], readers: Mapping[str, Reader], text_field: str) -> Iterator[str]:
     for path in files:
         try:
-            yield from readers[path.suffix](path, text_field)
-        except UnicodeDecodeError as error:
-            raise RocketError(f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv") from error
+            with in_utf8(path):
+                yield from readers[path.suffix.lower()](path, text_field)
         except OSError as error:
             raise RocketError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 from rocket.config.errors import RocketError
 from rocket.data.samples import Sample, SampleCorpus, key_of
 from rocket.data.sources.audio import Audio, as_mono, read_wav
-from rocket.data.sources.rows import json_rows
+from rocket.data.sources.rows import in_utf8, json_rows
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 AUDIO = (".wav", ".flac")
@@ -28,13 +28,12 @@ def holds_samples(path: Path) -> bool:
     """Whether a file or folder is a source of samples rather than of text."""
     if path.is_dir():
         return any(file.suffix.lower() in (*IMAGES, *AUDIO) for file in path.rglob("*"))
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
         return False
-    with path.open(encoding="utf-8-sig") as file:
-        first = next((line for line in file if line.strip()), "{}")
     try:
-        row = json.loads(first)
-    except json.JSONDecodeError:
+        with path.open(encoding="utf-8-sig") as file:
+            row = json.loads(next((line for line in file if line.strip()), "{}"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return False
     return isinstance(row, dict) and not row.keys().isdisjoint(KINDS)
 
@@ -58,7 +57,8 @@ def _folder(path: Path) -> Iterator[tuple[str, Read]]:
         kind = "image" if file.suffix.lower() in IMAGES else "audio" if file.suffix.lower() in AUDIO else None
         if kind is not None:
             beside = file.with_suffix(".txt")
-            text = beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else texts.get(file)
+            with in_utf8(beside):
+                text = beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else texts.get(file)
             yield key_of(_content(file)), partial(_sample, file, kind, text, None)
 
 
@@ -102,10 +102,14 @@ def _sample(file: Path, kind: str, text: str | None, label: int | None) -> Sampl
 
 
 def _image(file: Path, content: bytes) -> Any:
-    from PIL import Image, ImageOps  # slow to import, and most sources do without
+    from PIL import Image, ImageOps, UnidentifiedImageError  # slow to import, and most sources do without
 
     try:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise RocketError(
+            f"{file}: no image that can be read (of no known kind); write it again or remove it"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RocketError(f"{file}: no image that can be read ({error}); write it again or remove it") from error
 

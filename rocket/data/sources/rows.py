@@ -2,19 +2,29 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rocket.config.errors import RocketError
 
 
+@contextmanager
+def in_utf8(path: Path) -> Iterator[None]:
+    """Reads a file's text. Raises RocketError if it is in another encoding than UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise RocketError(f"{path}: not UTF-8 text ({error.reason}); convert it, for example with iconv") from error
+
+
 def json_rows(path: Path, example: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(where, row) of each line that is not blank; ``example`` is what a line could be.
 
     Raises:
-        RocketError: A line is no JSON object.
+        RocketError: A line is no JSON object, or the file is not UTF-8.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig") as file, in_utf8(path):
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -97,13 +97,18 @@ def test_second_run_skips_everything(write_config, monkeypatch):
     written, lines = artifacts(path), len(logged(path))
     assert not any(skipped for _, skipped in logged(path))
 
-    left_by_a_kill = path.parent / "run" / "layers" / "left.safetensors"
-    left_by_a_kill.parent.mkdir()
+    left_by_a_kill = path.parent / "run" / "layers" / "removed-0.30" / "left.safetensors"
+    of_another_size = path.parent / "run" / "layers" / "removed-0.50" / "left.safetensors"
+    left_by_a_kill.parent.mkdir(parents=True)
+    of_another_size.parent.mkdir()
+    of_another_size.write_bytes(b"")
     left_by_a_kill.write_bytes(b"")
 
     monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("the model was loaded again"))
     second = run(path)
     assert not left_by_a_kill.parent.exists()
+    assert of_another_size.exists()
+    of_another_size.unlink()
     assert dict(logged(path)[lines:]) == {
         "gather activations": True,
         "profile layers": True,

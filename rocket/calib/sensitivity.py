@@ -47,6 +47,8 @@ def measure_sensitivities(
     `objective`, for a language model the loss and the tokens that it is summed over. Only gradients of activations are
     computed and blocks are recomputed, so memory is one block's activations plus one hidden state a block; of one
     batch, or of a group of them that pass in step where weights of a block are only in memory for a while (`_groups`).
+    Where blocks leave something else for later ones (keys and values) nothing is recomputed: memory is the activations
+    of all blocks, of one batch.
 
     Together with the Gram matrices, ½ Σ_j φ_j E[(δ_j x)²] predicts the increase of the loss per term when row j of a
     weight changes by δ_j: the second-order term of the loss with the empirical Fisher information (the labels are the
@@ -71,12 +73,16 @@ def measure_sensitivities(
     tokens = dict.fromkeys(layers, 0)
     terms = _go_on(waypoints, sums, tokens)
     mine = range(ranks.rank, len(batches), ranks.count)
+    tells_more = False
     progress = track(range(2 * (len(mine) - len(terms)) * len(blocks)), "sensitivities")
     with _gradients_of_outputs(model, layers, sums, tokens), torch.enable_grad():
         for group in _groups(mine[len(terms) :], is_streamed(model)):
-            chain = _Chain(model, progress)
-            terms += sweep(model, [partial(_score, model, batches[n], seed + n) for n in group], chain.visit)
-            chain.run_back()
+            scores = [partial(_score, model, batches[n], seed + n) for n in group]
+            try:
+                terms += _in_one_graph(model, scores) if tells_more else _Chain(model, progress).run(scores)
+            except _TellsMoreError:
+                terms += _in_one_graph(model, scores)
+                tells_more = True
             if waypoints is not None and waypoints.due and len(terms) < len(mine):
                 waypoints.save_sums({**sums, **_counts(tokens, terms)})
     progress.close()
@@ -91,6 +97,16 @@ def measure_sensitivities(
     reached = {name: values for name, values in sensitivities.items() if values.any()}
     _check(model, reached, sums)
     return reached
+
+
+def _in_one_graph(model: nn.Module, scores: Sequence[Callable[[], float]]) -> list[float]:
+    """The terms of batches whose gradient goes back through the whole model at once."""
+    if is_streamed(model):
+        raise RocketError(
+            f"blocks of {type(model).__name__} tell each other more than their outputs, so sensitivities need all of "
+            "it in memory; raise memory_budget, or use profiling.cost: activation"
+        )
+    return [score() for score in scores]
 
 
 def _groups(batches: Sequence[int], streams: bool) -> Iterator[Sequence[int]]:
@@ -169,6 +185,10 @@ class _Cut(torch.autograd.Function):
         return None, None, None
 
 
+class _TellsMoreError(Exception):
+    """Blocks tell each other more than their outputs, so that the graph cannot be cut between them."""
+
+
 class _Handle(torch.autograd.Function):
     """A number in a tensor's place, whose backward pass gives the tensor the gradient that waits in ``box``."""
 
@@ -195,8 +215,11 @@ class _Step:
         self._handle: Tensor | None = None
 
     def run(self) -> Any:
+        notes = self._call.notes()
         with torch.no_grad():
             output = self._call.run()
+        if self._call.notes() != notes:
+            raise _TellsMoreError
         cut = tree_map_only(Tensor, self._cut, output)
         state = self._call.state
         if self._call.hidden is not None and state is not None:
@@ -263,31 +286,11 @@ class _Chain:
         self._model, self._progress = model, progress
         self._visits: list[tuple[str, list[_Step]]] = []
 
-    def visit(self, block: str, calls: list[Call]) -> Iterator[Any]:
-        steps: list[_Step] = []
-        self._visits.append((block, steps))
-        while calls:
-            call = calls.pop(0)
-            next(self._progress, None)
-            if call.is_closed:
-                steps.append(_Step(call))
-                del call
-                yield steps[-1].run()
-            else:
-                yield self._run_with_graph(call)
-
-    def _run_with_graph(self, call: Call) -> Any:
-        """Leave the graph whole where blocks hand something on beside their outputs, such as keys and values."""
-        if is_streamed(self._model):
-            raise RocketError(
-                f"blocks of {type(self._model).__name__} tell each other more than their outputs, so sensitivities "
-                "need all of it in memory; raise memory_budget, or use profiling.cost: activation"
-            )
-        state = call.state
-        if state is not None and not state.requires_grad:  # as in `_Step.run_back`
-            call = call.entered_by(state.detach().requires_grad_())
-        next(self._progress, None)
-        return call.run()
+    def run(self, scores: Sequence[Callable[[], float]]) -> list[float]:
+        """What `_score` gives for each batch, with the gradients of all layers."""
+        terms = sweep(self._model, scores, self._visit)
+        self.run_back()
+        return terms
 
     def run_back(self) -> None:
         while self._visits:
@@ -296,6 +299,14 @@ class _Chain:
                 for step in steps:
                     step.run_back()
                     next(self._progress, None)
+
+    def _visit(self, block: str, calls: list[Call]) -> Iterator[Any]:
+        steps: list[_Step] = []
+        self._visits.append((block, steps))
+        while calls:
+            steps.append(_Step(calls.pop(0)))
+            next(self._progress, None)
+            yield steps[-1].run()
 
 
 @contextmanager
@@ -318,7 +329,7 @@ def _gradients_of_outputs(
         if not torch.is_grad_enabled():
             return None
         # What it reads has no gradient, as something else than the first block's hidden state: the graph starts here.
-        start = output.detach().requires_grad_().view_as(output)
+        start = output.detach().requires_grad_().clone()  # as some models change outputs in place
         start.register_hook(partial(add, name))
         return start
 

@@ -78,12 +78,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """Refuses a key that is there twice, whose first value YAML would forget."""
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
-            names = [key.value for key, _ in node.value]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise yaml.YAMLError(f"{twice} is there twice; write one of it")
-        return found
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.YAMLError(f"{key} is there twice; write one of it")
+                seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _parse(text: str) -> Any:

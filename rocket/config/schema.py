@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Length = Annotated[int, Field(ge=8, le=2**31)]
-RATIO_SLACK = 0.01
+RATIO_SLACK = 0.02
 DType = Literal["float32", "bfloat16", "float16"]
 UNITS = {
     "": 1,
@@ -406,7 +406,7 @@ class Config(Section):
     def _size_is_profiled(self) -> Config:
         """Options remove a little more than their ratio, as they are of whole atoms and rows."""
         wanted, largest = self.compression.removed_ratio, max(self.profiling.removed_ratios, default=0.0)
-        if wanted is not None and wanted > largest + RATIO_SLACK:
+        if "compression" in self.model_fields_set and wanted is not None and wanted > largest + RATIO_SLACK:
             raise ValueError(
                 f"compression.removed_ratio={wanted} is more than the largest of profiling.removed_ratios, {largest}; "
                 "add larger ones there, or remove less"

@@ -66,6 +66,7 @@ def check_places(source: str | os.PathLike[str], files: Iterable[str | Path]) ->
     for file in files:
         root = source if os.path.isdir(source) else _snapshot(Path(file))
         inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(root), ""))
+        inside &= root != Path(file).parent or ".." not in Path(file).parts
         if not inside or len(Path(file).name) > MAX_NAME:
             raise RocketError(f"the index of {source} names {str(file)[:200]}, which is not in it")
 

@@ -44,10 +44,12 @@ class Call:
         candidates = (*self.args[:1], self.kwargs.get("hidden_states"))
         return next((value for value in candidates if isinstance(value, Tensor) and value.is_floating_point()), None)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether it is given tensors and plain values only: anything else may carry what one block tells another."""
-        return all(map(_is_plain, (*self.args, *self.kwargs.values())))
+    def notes(self) -> list[object]:
+        """What it is handed beside tensors and plain values, as it is now: what changes as it runs may be read later.
+
+        Caches and dictionaries of keys and values, by which blocks tell each other more than their outputs.
+        """
+        return [_note(value, []) for value in (*self.args, *self.kwargs.values()) if not _is_plain(value)]
 
     def entered_by(self, state: Tensor) -> Call:
         """The same call with another hidden state."""
@@ -69,9 +71,23 @@ class Call:
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    if isinstance(value, list):
-        return all(_is_plain(entry) and not isinstance(entry, Tensor) for entry in value)
     return isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device | None)
+
+
+def _note(value: object, above: list[int]) -> object:
+    """A value to be compared: which tensors it holds and how often each was written to, and all else in it."""
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if id(value) in above or isinstance(value, nn.Module | type) or callable(value):
+        return id(value)
+    inside = [*above, id(value)]
+    if isinstance(value, Mapping):
+        return [(key, _note(entry, inside)) for key, entry in value.items()]
+    if isinstance(value, list | tuple | set):
+        return [_note(entry, inside) for entry in value]
+    return (
+        [(name, _note(entry, inside)) for name, entry in vars(value).items()] if hasattr(value, "__dict__") else value
+    )
 
 
 def run_calls(block: str, calls: list[Call]) -> Iterator[Any]:

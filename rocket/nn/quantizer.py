@@ -187,7 +187,7 @@ def refuse_parallel(model: nn.Module) -> None:
     """Raise RocketError if transformers is to cut the weights of a model into parts, which packed ones do not take."""
     config: Any = model.config
     parallel = getattr(config, "distributed_config", None)
-    if parallel is not None and (getattr(parallel, "tp_plan", None) or getattr(parallel, "tp_size", None)):
+    if getattr(parallel, "tp_plan", None) or (getattr(parallel, "tp_size", None) or 1) > 1:
         raise RocketError("compressed layers do not run tensor-parallel; leave out tp_plan, or `rocket export` it")
 
 

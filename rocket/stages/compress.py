@@ -31,7 +31,7 @@ def compress_model(session: Session) -> Path:
     if session.agree(session.run.has_directory(session.checkpoint, session.plan_fingerprint)):
         session.skip("compress")
         if session.leads:
-            session.run.remove(_BUILT)  # of a process that was killed when the checkpoint was complete
+            session.run.remove(_built(session))  # of a process that was killed when the checkpoint was complete
         return path
     with session.stage("compress"):
         built = _build_layers(session, plan)
@@ -47,16 +47,17 @@ def compress_model(session: Session) -> Path:
                         f"{directory} stores {stored} values, the plan says {plan.kept_target_parameters}"
                     )
                 (directory / UNCHECKED).write_text(model_card(directory, session.config, plan), encoding="utf-8")
-            session.run.remove(_BUILT)
+            session.run.remove(_built(session))
     session.wait()
     return path
 
 
-_BUILT = "layers"
+def _built(session: Session) -> str:
+    return f"layers/{session.budget.name}"
 
 
 def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Tensor]]:
-    """The tensors of every compressed layer. Writes layers/, which is kept until the checkpoint is complete.
+    """The tensors of every compressed layer. Writes layers/BUDGET/, which is kept until the checkpoint is complete.
 
     One file a layer, so that a killed run loses the layer in work, and several processes can share the work.
     """
@@ -64,18 +65,19 @@ def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Ten
     assert calibration is not None
     chosen = compressed_layers(plan)
     layers = {name: linear_layer(session.model, name) for name in chosen}
-    missing = session.agree([name for name in chosen if not run.has_tensors(_built_file(name), expected)])
+    missing = session.agree([name for name in chosen if not run.has_tensors(_built_file(session, name), expected)])
     for name in track(session.my_share({name: work_of(layers[name]) for name in missing}), "build layers"):
         problem = calibration.problem(name, session.weight(layers[name]), plan.profiling)
-        run.write_tensors(_built_file(name), expected, build_tensors(name, layers[name], problem, chosen[name], plan))
+        tensors = build_tensors(name, layers[name], problem, chosen[name], plan)
+        run.write_tensors(_built_file(session, name), expected, tensors)
         del problem  # before the next one is made
         session.let_go(layers[name].weight)
     session.wait()
     return BuiltLayers(session, list(chosen))
 
 
-def _built_file(name: str) -> str:
-    return f"{_BUILT}/{name}.safetensors"
+def _built_file(session: Session, name: str) -> str:
+    return f"{_built(session)}/{name}.safetensors"
 
 
 class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
@@ -85,11 +87,11 @@ class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
         self._session, self._names = session, names
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        run = self._session.run
-        tensors = run.read_tensors(_built_file(name), self._session.plan_fingerprint)
+        session, file = self._session, _built_file(self._session, name)
+        tensors = session.run.read_tensors(file, session.plan_fingerprint)
         if tensors is None:
-            raise RocketError(f"{run.path / _built_file(name)} is missing; run again")
-        self._session.let_go(*tensors.values())
+            raise RocketError(f"{session.run.path / file} is missing; run again")
+        session.let_go(*tensors.values())
         return tensors
 
     def __iter__(self) -> Iterator[str]:

@@ -6,7 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from rocket.calib import collect_grams, measure_sensitivities
@@ -14,7 +22,7 @@ from rocket.calib.objective import objective
 from rocket.config import RocketError
 from rocket.models import run_forward, stream, target_layers
 from rocket.models.residence import Spilled
-from rocket.models.sweep import sweep
+from rocket.models.sweep import Call, sweep
 
 WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 TEXT = {**WIDTHS, "vocab_size": 61, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -38,6 +46,13 @@ FAMILIES = {
     },
     "gemma4_text": {**SHARING, "global_head_dim": 8},
     "pegasus_x": {"vocab_size": 61, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "block_size": 8, **SIDES},
+    "deberta": {
+        **{name: value for name, value in TEXT.items() if name not in ("num_key_value_heads", "head_dim")},
+        "num_hidden_layers": 2,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+    },
+    "xlm": {"vocab_size": 61, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64, "n_langs": 1},
     "mixtral": {**TEXT, "num_hidden_layers": 2, "num_local_experts": 4, "output_router_logits": True},
     "llava": {
         "text_config": {**TEXT, "model_type": "llama", "num_hidden_layers": 2},
@@ -61,6 +76,8 @@ def make(family, **changes):
     auto = AutoModelForCausalLM
     if family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         auto = AutoModelForSeq2SeqLM
+    if family == "deberta":
+        auto = AutoModelForMaskedLM
     torch.manual_seed(0)
     model = (AutoModel if family == "llava" else auto).from_config(config).float().eval()
     with torch.no_grad():
@@ -92,10 +109,12 @@ def by_autograd(model, layers, batches) -> dict[str, torch.Tensor]:
     def add(name, gradient):
         sums[name] += gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0)
 
+    def watch(name, output):
+        output.register_hook(partial(add, name))
+        return output.clone()  # what is changed in place, through a view even, loses its hook
+
     handles = [
-        layer.register_forward_hook(
-            lambda _, __, output, name=name: output.requires_grad and output.register_hook(partial(add, name)) and None
-        )
+        layer.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
         for name, layer in layers.items()
     ]
     terms = 0
@@ -193,3 +212,27 @@ def test_hidden_states_go_as_they_are_used(tmp_path, monkeypatch):
     in_memory.clear()
     collect_grams(model, target_layers(model), [{"input_ids": each[None]} for each in ids])
     assert max(in_memory) == len(ids) + 1  # what enters the first block: models keep their embeddings
+
+
+class Telling(nn.Module):
+    """A block that adds what the one before it has written into ``notes``, in place of its own if ``writes``."""
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.inner, self.writes = nn.Linear(16, 16), writes
+
+    def forward(self, hidden_states, notes):
+        if self.writes:
+            notes["last"] = self.inner(hidden_states)
+        return hidden_states + self.inner(notes["last"])
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_is_only_read_does_not_keep_the_graph_whole(writes):
+    block = Telling(writes)
+    state, last = torch.randn(1, 4, 16), torch.randn(1, 4, 16)
+    call = Call(0, "0", block.forward, (state,), {"notes": {"last": last}})
+    before = call.notes()
+    with torch.no_grad():
+        call.run()
+    assert (call.notes() != before) == writes

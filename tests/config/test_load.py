@@ -103,6 +103,7 @@ def test_overrides(write, override, read):
         ("profiling: {rank_support_ratios: [0.5]}", "profiling.rank_support_ratios.0=0.5: "),
         ("calib: 3", "calib=3: "),
         ("calib: {seed: 1}\nmodel: {path: a}\ncalib: {source: b.txt}", "is not YAML: calib is there twice"),
+        ("calib: {1: 2, 0x1: 3}", "is not YAML: 1 is there twice"),
         ("calib: {seed: 1, seed: 2}", "is not YAML: seed is there twice; write one of it"),
         ("evaluation: {texts: a.txt}", "evaluation.texts='a.txt': must be a list; write [a, b]"),
         ("evaluation: {max_tokens: 512}", "max_tokens=512 is less than one window of seq_len=1024; raise it"),
@@ -176,6 +177,14 @@ def test_absurd_size(write):
 )
 def test_sizes(text, value):
     assert parse_bytes(text) == value
+
+
+def test_a_merged_section_may_be_overridden(write):
+    assert load_config(write("calib: {<<: {seed: 1}, seed: 2}")).calib.seed == 2
+
+
+def test_fewer_sizes_may_be_profiled_than_the_default_budget_needs(write):
+    assert load_config(write("profiling: {removed_ratios: [0.1]}")).profiling.removed_ratios == [0.1]
 
 
 def test_a_section_without_entries_has_its_defaults(write):

@@ -553,6 +553,8 @@ def test_config_json_names_layers_as_the_class_that_saves_them_does(saved, tmp_p
 def test_tensor_parallel_is_refused(saved):
     model = AutoModelForCausalLM.from_pretrained(saved)
     refuse_parallel(model)
-    model.config.distributed_config = SimpleNamespace(tp_plan="auto", tp_size=None)
+    model.config.distributed_config = SimpleNamespace(tp_plan=None, tp_size=1)  # as it is without
+    refuse_parallel(model)
+    model.config.distributed_config = SimpleNamespace(tp_plan="auto", tp_size=1)
     with pytest.raises(RocketError, match="do not run tensor-parallel"):
         refuse_parallel(model)

@@ -21,7 +21,7 @@ def in_int8(form: Form, options: Sequence[Option], problem: LayerProblem, settin
     """The options of a form once more, with int8 values; none of a form whose layer has no such values.
 
     What rounding adds to the squared error is measured on drafts of the largest and of the smallest, and interpolated.
-    Of a smaller layer it is a third to a half more than of its draft, but there a few per cent of the error.
+    At half the values it is up to twice that of a draft, but then a few per cent of the error.
     """
     if not options or "int8" not in LAYERS[form.name].precisions:
         return []

@@ -65,18 +65,20 @@ def check_places(source: str | os.PathLike[str], files: Iterable[str | Path]) ->
     """Raise RocketError if a checkpoint's index leads to a file that is not in its own directory."""
     for file in files:
         root = source if os.path.isdir(source) else _snapshot(Path(file))
-        inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(root), ""))
-        inside &= root != Path(file).parent or ".." not in Path(file).parts
+        if root is None:
+            inside = ".." not in Path(file).parts
+        else:
+            inside = os.path.abspath(file).startswith(os.path.join(os.path.abspath(root), ""))
         if not inside or len(Path(file).name) > MAX_NAME:
             raise RocketError(f"the index of {source} names {str(file)[:200]}, which is not in it")
 
 
-def _snapshot(file: Path) -> Path:
-    """The folder of the hub's cache that a file of a repository is in: .../models--OWNER--NAME/snapshots/COMMIT."""
+def _snapshot(file: Path) -> Path | None:
+    """The folder of the hub's cache that a file of a repository is in, .../models--OWNER--NAME/snapshots/COMMIT."""
     for number, part in enumerate(file.parts[:-2]):
         if part.startswith("models--") and file.parts[number + 1] == "snapshots":
             return Path(*file.parts[: number + 3])
-    return file.parent
+    return None
 
 
 def indexed_files(index: Path) -> list[Path]:

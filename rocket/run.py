@@ -108,13 +108,10 @@ class RunDirectory:
                 fcntl.flock(self._lock, (fcntl.LOCK_EX if lock == "alone" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
+            problem = f"cannot be locked: {_reason(error)}; choose one on a file system that has locks"
             if isinstance(error, BlockingIOError):
-                raise RocketError(
-                    f"output_dir {path} is in use by another process; wait for it or choose another"
-                ) from None
-            raise RocketError(
-                f"output_dir {path} cannot be locked: {_reason(error)}; choose one on a file system that has locks"
-            ) from None
+                problem = "is in use by another process; wait for it or choose another"
+            raise RocketError(f"output_dir {path} {problem}") from None
         try:
             if (path / "run.json").exists():
                 self._check_files()

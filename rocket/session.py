@@ -232,7 +232,7 @@ class Session:
     @property
     def healed_checkpoint(self) -> str:
         """Where in the run directory the healed model lies."""
-        return f"{self.checkpoint}-healed"
+        return f"models/{self.budget.healed_name}"
 
     @property
     def finished_checkpoint(self) -> str:

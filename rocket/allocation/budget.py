@@ -67,6 +67,11 @@ class Budget:
             return f"parameters-{_short(self.value, 'KMBT')}"
         return f"bytes-{_short(self.value, 'KMGT')}B"
 
+    @property
+    def healed_name(self) -> str:
+        """The same of what was healed."""
+        return f"{self.name}-healed"
+
 
 def _short(value: float, units: str) -> str:
     """The value in the largest unit in which six digits are all that it has.

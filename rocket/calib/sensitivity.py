@@ -73,16 +73,16 @@ def measure_sensitivities(
     tokens = dict.fromkeys(layers, 0)
     terms = _go_on(waypoints, sums, tokens)
     mine = range(ranks.rank, len(batches), ranks.count)
-    tells_more = False
     progress = track(range(2 * (len(mine) - len(terms)) * len(blocks)), "sensitivities")
+    run: Callable[[Sequence[Callable[[], float]]], list[float]] = _Chain(model, progress).run
     with _gradients_of_outputs(model, layers, sums, tokens), torch.enable_grad():
         for group in _groups(mine[len(terms) :], is_streamed(model)):
             scores = [partial(_score, model, batches[n], seed + n) for n in group]
             try:
-                terms += _in_one_graph(model, scores) if tells_more else _Chain(model, progress).run(scores)
+                terms += run(scores)
             except _TellsMoreError:
-                terms += _in_one_graph(model, scores)
-                tells_more = True
+                run = partial(_in_one_graph, model)
+                terms += run(scores)
             if waypoints is not None and waypoints.due and len(terms) < len(mine):
                 waypoints.save_sums({**sums, **_counts(tokens, terms)})
     progress.close()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rocket.config.errors import RocketError
 from rocket.config.records import Whole, read_record
 from rocket.models import Call, sweep
+from rocket.models.sweep import PLAIN
 from rocket.ranks import ranks
 from rocket.run import RunDirectory
 
@@ -204,4 +205,4 @@ def _same(one: object, other: object) -> bool:
         return _alike(one, other) and torch.equal(one, other)
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(_same(*pair) for pair in zip(one, other, strict=True))
-    return isinstance(one, bool | int | float | str | torch.dtype | None) and one == other
+    return isinstance(one, PLAIN) and one == other

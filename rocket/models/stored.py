@@ -63,8 +63,9 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
 
 def check_places(source: str | os.PathLike[str], files: Iterable[str | Path]) -> None:
     """Raise RocketError if a checkpoint's index leads to a file that is not in its own directory."""
+    is_local = os.path.isdir(source)
     for file in files:
-        root = source if os.path.isdir(source) else _snapshot(Path(file))
+        root = source if is_local else _snapshot(Path(file))
         if root is None:
             inside = ".." not in Path(file).parts
         else:

@@ -23,6 +23,9 @@ from rocket.models.structure import find_blocks
 
 Result = TypeVar("Result")
 
+PLAIN = bool | int | float | str | torch.dtype | None
+"""What may be handed to a block beside tensors without carrying what another block tells it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -71,7 +74,7 @@ class Call:
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, Tensor | bool | int | float | str | torch.dtype | torch.device | None)
+    return isinstance(value, Tensor | PLAIN)
 
 
 def _note(value: object, above: list[int]) -> object:
@@ -85,9 +88,8 @@ def _note(value: object, above: list[int]) -> object:
         return [(key, _note(entry, inside)) for key, entry in value.items()]
     if isinstance(value, list | tuple | set):
         return [_note(entry, inside) for entry in value]
-    return (
-        [(name, _note(entry, inside)) for name, entry in vars(value).items()] if hasattr(value, "__dict__") else value
-    )
+    held = getattr(value, "__dict__", None)
+    return value if held is None else [(name, _note(entry, inside)) for name, entry in held.items()]
 
 
 def run_calls(block: str, calls: list[Call]) -> Iterator[Any]:

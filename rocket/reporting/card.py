@@ -42,8 +42,7 @@ def model_card(
         "## Size\n\n" + _sizes(plan),
         "## Quality\n\n" + _quality(plan, original, compressed, healed),
         "## What became of the layers\n\n" + _forms(plan),
-        "## Opening it\n\n"
-        + _opening(checkpoint, config, f"{plan.budget.name}-healed" if healed else plan.budget.name),
+        "## Opening it\n\n" + _opening(checkpoint, config, plan.budget.healed_name if healed else plan.budget.name),
         "## How it was made\n\n"
         f"`rocket run --config config.yaml`, with this `config.yaml`:\n\n```yaml\n{_settings(config)}```",
     ]

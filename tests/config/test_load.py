@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from rocket.config import Config, RocketError, dump_config, load_config
-from rocket.config.schema import CalibConfig, EvaluationConfig, parse_bytes
+from rocket.config.schema import CalibConfig, EvaluationConfig
+from rocket.config.units import parse_bytes
 
 SHIPPED = sorted((Path(__file__).parents[2] / "rocket" / "config").glob("*.yaml"))
 

@@ -106,12 +106,9 @@ def _image(file: Path, content: bytes) -> Any:
 
     try:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise RocketError(
-            f"{file}: no image that can be read (of no known kind); write it again or remove it"
-        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RocketError(f"{file}: no image that can be read ({error}); write it again or remove it") from error
+        reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+        raise RocketError(f"{file}: no image that can be read ({reason}); write it again or remove it") from error
 
 
 def _flac(file: Path, content: bytes) -> Audio:

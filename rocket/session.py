@@ -1,4 +1,4 @@
-"""One run: its config, its directory, its model, and what each artifact in the directory depends on."""
+"""One run: its config, its directory and its model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rocket.allocation import Budget, select_allocator
 from rocket.config import Config, RocketError, dump_config
 from rocket.config.records import read_record
-from rocket.config.schema import AllocationConfig
-from rocket.data import check_source, source_stamp
+from rocket.data import check_source
 from rocket.forms import select_forms
+from rocket.identity import Identity
 from rocket.memory import Memory, estimate_memory
 from rocket.models import (
     LinearLayer,
-    identify_model,
     load_model,
     release_pages,
     resolve_device,
@@ -39,8 +37,6 @@ from rocket.run import RunDirectory, fingerprint
 from rocket.usage import Usage, measure
 
 REWRITTEN = "original"
-TRANSFORMERS = transformers.__version__.partition(".")[0]
-"""What layers and weights of some families are called depends on it."""
 
 Item = TypeVar("Item")
 
@@ -58,9 +54,9 @@ class Session:
         self.config = config
         self.shard = shard
         self._reported: set[str] = set()
-        self.model_identity = identify_model(config.model)
-        self.forms = select_forms(config.profiling.forms)
         self.budget = Budget.from_config(config.compression)
+        self.identity = Identity(config, self.budget)
+        self.forms = select_forms(config.profiling.forms)
         select_allocator(config.allocation.method)
         if config.healing is not None and ranks.count > 1:
             raise RocketError(
@@ -71,17 +67,12 @@ class Session:
         healing = [config.healing.source] if config.healing else []
         for source in (config.calib.source, *config.evaluation.texts, *config.evaluation.samples, *healing):
             check_source(source)
-        identity = {
-            "model": config.model.path,
-            "model files": self.model_identity,
-            **{f"calib.{key}": value for key, value in config.calib.model_dump().items() if key != "batch_size"},
-        }
         if self.leads:
-            self.run = RunDirectory(config.output_dir, identity, lock="shared" if shard else "alone")
+            self.run = RunDirectory(config.output_dir, self.identity.run, lock="shared" if shard else "alone")
             self.run.write_text("config.yaml", dump_config(config))
         self.wait()
         if not self.leads:
-            self.run = RunDirectory(config.output_dir, identity, lock=None)
+            self.run = RunDirectory(config.output_dir, self.identity.run, lock=None)
         if ranks.count > 1:  # processes agree on it, and some of them may never load the model
             _ = self.rewritten
 
@@ -105,8 +96,7 @@ class Session:
         tensor = self.agree(unlike_model(self.config.model)) if self.streams else None
         if tensor is None:
             return None
-        loading = self.config.model.model_dump(include={"path", "revision", "dtype", "trust_remote_code"})
-        made_of = fingerprint(model=self.model_identity, names=TRANSFORMERS, loading=loading)
+        made_of = self.identity.rewritten
         if self.leads and not self.run.has_directory(REWRITTEN, made_of):
             if self.shard:
                 raise RocketError(
@@ -184,45 +174,6 @@ class Session:
         """Forget the original model, so that it and the compressed one need not be in memory together."""
         self.__dict__.pop("loaded", None)
         self.__dict__.pop("layers", None)
-
-    @cached_property
-    def calibration_fingerprint(self) -> str:
-        return fingerprint(
-            model=self.model_identity,
-            names=TRANSFORMERS,
-            loading=self.config.model.model_dump(exclude={"device"}),
-            calib=self.config.calib.model_dump(exclude={"batch_size"}),
-            source=source_stamp(self.config.calib.source),
-        )
-
-    @cached_property
-    def profile_fingerprint(self) -> str:
-        return fingerprint(calibration=self.calibration_fingerprint, profiling=self.config.profiling.model_dump())
-
-    @cached_property
-    def plan_fingerprint(self) -> str:
-        return self.plan_fingerprint_of(self.budget, self.config.allocation)
-
-    def plan_fingerprint_of(self, budget: Budget, allocation: AllocationConfig) -> str:
-        return fingerprint(profiles=self.profile_fingerprint, allocation=allocation.model_dump(), budget=vars(budget))
-
-    @cached_property
-    def healing_fingerprint(self) -> str:
-        healing = self.config.healing
-        assert healing is not None
-        return fingerprint(
-            plan=self.plan_fingerprint,
-            healing=healing.model_dump(exclude={"gradient_checkpointing", "save_steps"}),
-            source=source_stamp(healing.source),
-        )
-
-    def evaluation_fingerprint(self, subject: str) -> str:
-        settings = self.config.evaluation
-        return fingerprint(
-            subject=subject,
-            evaluation=settings.model_dump(exclude={"batch_size"}),
-            sources=[source_stamp(source) for source in (*settings.texts, *settings.samples)],
-        )
 
     @property
     def checkpoint(self) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocket.calib.experts import fill_experts, unpadded, warn_of
-from rocket.calib.gram import GramAccumulator
+from rocket.calib.experts import unpadded, warn_of
 from rocket.calib.positions import Positions, decoder_name, layers_of_media
+from rocket.calib.sums import GramSums
 from rocket.calib.waypoints import Waypoint, Waypoints, can_go_on, returned, stand_in
 from rocket.config.errors import RocketError
 from rocket.config.schema import ProfilingConfig
@@ -22,9 +22,6 @@ from rocket.models import (
     Batch,
     Call,
     LinearLayer,
-    block_of,
-    features_of,
-    find_blocks,
     remedy_of_nan,
     run_forward,
     sweep,
@@ -136,26 +133,17 @@ class _Collector:
     ) -> None:
         self.model = model
         self.layers = layers
-        self.inputs: dict[str, str] = {}
-        self.grams = grams
-        self.tokens: dict[str, int] = {}
-        self._blocks = list(find_blocks(model))
-        self._of_block: dict[str, dict[str, LinearLayer]] = {name: {} for name in self._blocks}
-        for name, layer in layers.items():
-            self._of_block[block_of(name, self._blocks)][name] = layer
-        self._accumulators: dict[str, GramAccumulator] = {}
+        self._sums = GramSums(model, layers, grams)
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._decoder = decoder_name(model)
         self._of_media = layers_of_media(model, layers)
         self._positions = [Positions(model, batch) for batch in batches]
         self._encoded: dict[int, Tensor] = {}
-        self._short: dict[str, int] = {}
         self._waypoints = waypoints
         self._from: Waypoint | None = None
         self._passed: dict[str, int | None] = {}
-        self._device = next(model.parameters()).device
         self._batch = 0
-        self._progress = track(range(len(batches) * len(self._blocks)), "calibrate")
+        self._progress = track(range(len(batches) * len(self._sums.blocks)), "calibrate")
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Collector:
@@ -189,22 +177,19 @@ class _Collector:
         if waypoint and all(ranks.all_gather(self._can_go_on(waypoint, tasks))):
             self._from = waypoint
             self._passed.update(waypoint.passed)
-            self.inputs.update(waypoint.inputs)
-            self.tokens.update(waypoint.tokens)
-            self._short.update(waypoint.short)
-            logger.info("going on from block %d of %d", len(waypoint.passed) + 1, len(self._blocks))
+            self._sums.take_over(waypoint.inputs, waypoint.tokens, waypoint.short)
+            logger.info("going on from block %d of %d", len(waypoint.passed) + 1, len(self._sums.blocks))
         else:
             self._waypoints.clear()
 
     def _can_go_on(self, waypoint: Waypoint, tasks: Sequence[Callable[[], None]]) -> bool:
-        if waypoint.batches != len(tasks) or not all(name in self.grams for name in waypoint.tokens):
+        if waypoint.batches != len(tasks) or not all(name in self._sums.grams for name in waypoint.tokens):
             return False
         try:
             # Layers that run although no block does are in none that is called as such: what they saw is not kept.
-            return can_go_on(self.model, tasks[0], waypoint.passed) and not self._accumulators
+            return can_go_on(self.model, tasks[0], waypoint.passed) and not self._sums.are_open
         finally:
-            self._accumulators.clear()
-            self.inputs.clear()
+            self._sums.forget()
 
     def skip(self, call: Call) -> Any:
         """What blocks return in a pass that goes on behind them."""
@@ -229,7 +214,7 @@ class _Collector:
             del call, output
             self._seen.clear()
             next(self._progress, None)
-        self._close(self._of_block[block])
+        self._sums.close(block)
 
     def _note_returned(self, call: Call, output: Any) -> None:
         what = returned(call, output)
@@ -244,93 +229,36 @@ class _Collector:
         is_possible = (
             0 < len(passed) == len(self._passed)
             and len(calls) == len(self._positions)
-            and not self._accumulators
+            and not self._sums.are_open
             and all(map(_has_whole_state, calls))
         )
         if all(ranks.all_gather(is_possible and self._waypoints.due)):
-            known = (dict(self.inputs), dict(self.tokens), dict(self._short))
-            self._waypoints.save(Waypoint(passed, len(calls), *known), map(_state_of, calls))
+            self._waypoints.save(Waypoint(passed, len(calls), *self._sums.known()), map(_state_of, calls))
 
     def finish(self) -> Calibration:
         """What is known of the layers that saw a token; those too whose blocks were never called as such."""
-        self._close({name: layer for name, layer in self.layers.items() if self.inputs.get(name) in self._accumulators})
-        warn_of(self._short)
-        if not self.inputs:
+        self._sums.close_rest()
+        inputs, tokens, short = self._sums.known()
+        warn_of(short)
+        if not inputs:
             raise RocketError(f"{next(iter(self.layers))}: no calibration token reached this layer, nor any other")
-        return Calibration(
-            {name: self.inputs[name] for name in self.layers if name in self.inputs}, self.grams, self.tokens
-        )
-
-    def _close(self, layers: Mapping[str, LinearLayer]) -> None:
-        """Turn the sums of these layers, of all processes, into Gram matrices; one process keeps those of a block.
-
-        Blocks that are called again add to theirs.
-        """
-        owner = self._add_up(layers)
-        found: dict[str, str] = {}
-        tokens: dict[str, int] = {}
-        short: dict[str, int] = {}
-        if owner == ranks.rank:
-            leaders = [name for name in layers if name in self._accumulators]
-            found = {name: self.inputs[name] for name in layers if self.inputs.get(name) in self._accumulators}
-            tokens = {name: self._accumulators[name].tokens for name in leaders}
-            grams = {name: self._accumulators.pop(name).gram() for name in leaders}
-            short = fill_experts(layers, self._blocks, found, grams, tokens) if grams else {}
-            for name in list(grams):
-                gram, known = grams.pop(name), self.tokens.get(name, 0)
-                if known:
-                    gram = (known * self.grams[name] + tokens[name] * gram) / (known + tokens[name])
-                self.grams[name] = gram
-        found, tokens, short = ranks.broadcast((found, tokens, short), owner)
-        self.inputs.update(found)
-        self._short.update(short)
-        for name, number in tokens.items():
-            self._accumulators.pop(name, None)
-            self.tokens[name] = self.tokens.get(name, 0) + number
-
-    def _add_up(self, layers: Mapping[str, LinearLayer]) -> int:
-        """Bring the sums of these layers together at one process, whose rank is returned."""
-        mine = {name: self._accumulators[name].tokens for name in layers if name in self._accumulators}
-        block = next(iter(layers), "")
-        everyones = ranks.all_gather((block, mine, {name: self.inputs[name] for name in layers if name in self.inputs}))
-        owner = self._of_block_number(block) % ranks.count
-        if len(everyones) == 1:
-            return owner
-        if len({other for other, _, _ in everyones}) > 1:
-            raise RocketError(
-                f"the batches of different processes go different ways through {type(self.model).__name__}; "
-                "run it in one process"
-            )
-        for name in dict.fromkeys(name for _, tokens, _ in everyones for name in tokens):
-            if name not in self._accumulators:
-                self._accumulators[name] = GramAccumulator(features_of(self.layers[name])[1], self._device)
-            for total in self._accumulators[name].sums:
-                ranks.reduce(total, to=owner)
-            self._accumulators[name].tokens = sum(tokens.get(name, 0) for _, tokens, _ in everyones)
-        for _, _, inputs in everyones:
-            self.inputs.update(inputs)
-        return owner
-
-    def _of_block_number(self, layer: str) -> int:
-        return self._blocks.index(block_of(layer, self._blocks)) if layer else 0
+        return Calibration({name: inputs[name] for name in self.layers if name in inputs}, self._sums.grams, tokens)
 
     def _see(self, name: str, inputs: Tensor) -> None:
         if not inputs.numel():
             return
         leader = self._seen.setdefault(id(inputs), (inputs, name))[1]
-        if self.inputs.setdefault(name, leader) != leader:
+        known = self._sums.reads(name, leader)
+        if known != leader:
             raise RocketError(
-                f"{name} shared its input with {self.inputs[name]} in an earlier call and with {leader} in one of "
-                f"batch {self._batch}; add {name.rpartition('.')[2]} to model.ignore"
+                f"{name} shared its input with {known} in an earlier call and with {leader} in one of batch "
+                f"{self._batch}; add {name.rpartition('.')[2]} to model.ignore"
             )
         if leader != name:
             return
         tokens = self._select(name, inputs)
-        self._device = tokens.device
-        if name not in self._accumulators:
-            self._accumulators[name] = GramAccumulator(tokens.shape[1], tokens.device)
         try:
-            self._accumulators[name].add(tokens)
+            self._sums.add(name, tokens)
         except ValueError:
             bad = int((~torch.isfinite(tokens)).any(dim=0).sum())
             batch = ranks.rank + ranks.count * self._batch

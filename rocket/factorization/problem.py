@@ -174,6 +174,11 @@ class LayerProblem:
         """‖T‖²: the squared error of removing the layer altogether, in the units of ``squared_error``."""
         return float(self.cost_target.double().square().sum())
 
+    @cached_property
+    def prices(self) -> dict[tuple[object, ...], list[float]]:
+        """Costs that one form found, for others that go on from them; by its name and what was asked."""
+        return {}
+
     @property
     def power(self) -> int:
         """p such that costᵖ is proportional to a squared error."""

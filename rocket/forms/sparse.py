@@ -6,8 +6,6 @@ Finding a support costs some twenty matrix products, so it is done at a few size
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 from torch import Tensor
 
 from rocket.config.schema import ProfilingConfig
@@ -23,8 +21,6 @@ KNOTS = (0.05, 0.2, 0.4, 0.7)
 PRICED = 2
 """Iterations with each of ADMM's penalties."""
 
-_known: WeakKeyDictionary[LayerProblem, dict[tuple[float, ...], list[float]]] = WeakKeyDictionary()
-
 
 def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
     """One option a removed ratio, of as many non-zeros as fit."""
@@ -39,17 +35,16 @@ def options(problem: LayerProblem, settings: ProfilingConfig) -> list[Option]:
 
 def costs(problem: LayerProblem, removed_ratios: list[float]) -> list[float]:
     """Of as many non-zeros as each ratio leaves. Kept as long as the problem is, for the forms that go on from here."""
-    known = _known.setdefault(problem, {})
-    key = tuple(removed_ratios)
-    if key not in known:
+    key = (name, *removed_ratios)
+    if key not in problem.prices:
         scaled = scale_problem(problem.tempered)
         knots = knots_for(removed_ratios, KNOTS)
         at_knots = []
         for knot in knots:
             approximation, _ = scaled.sparsify(int(keep_ratio_budget(problem, knot)), PRICED)
             at_knots.append(problem.evaluate(scaled.unscale(approximation)))
-        known[key] = [interpolate(ratio, knots, at_knots) for ratio in removed_ratios]
-    return known[key]
+        problem.prices[key] = [interpolate(ratio, knots, at_knots) for ratio in removed_ratios]
+    return problem.prices[key]
 
 
 def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draft: bool = False) -> dict[str, Tensor]:

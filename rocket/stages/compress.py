@@ -28,7 +28,7 @@ def compress_model(session: Session) -> Path:
     """The compressed checkpoint, reopened and compared before it takes its name. Writes models/BUDGET/."""
     plan = make_plan(session)
     path = session.run.path / session.checkpoint
-    if session.agree(session.run.has_directory(session.checkpoint, session.plan_fingerprint)):
+    if session.agree(session.run.has_directory(session.checkpoint, session.identity.plan)):
         session.skip("compress")
         if session.leads:
             session.run.remove(_built(session))  # of a process that was killed when the checkpoint was complete
@@ -39,7 +39,7 @@ def compress_model(session: Session) -> Path:
             model, processor = session.loaded
             compressed = compress(model, plan, inplace=True, built=built)
             session.release_model()
-            with session.run.new_directory(session.checkpoint, session.plan_fingerprint) as directory:
+            with session.run.new_directory(session.checkpoint, session.identity.plan) as directory:
                 save_checkpoint(compressed, processor, directory)
                 stored = stored_values(directory, plan.choices)
                 if stored != plan.kept_target_parameters:
@@ -61,7 +61,7 @@ def _build_layers(session: Session, plan: Plan) -> Mapping[str, Mapping[str, Ten
 
     One file a layer, so that a killed run loses the layer in work, and several processes can share the work.
     """
-    run, expected, calibration = session.run, session.plan_fingerprint, plan.calibration
+    run, expected, calibration = session.run, session.identity.plan, plan.calibration
     assert calibration is not None
     chosen = compressed_layers(plan)
     layers = {name: linear_layer(session.model, name) for name in chosen}
@@ -88,7 +88,7 @@ class BuiltLayers(Mapping[str, Mapping[str, Tensor]]):
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
         session, file = self._session, _built_file(self._session, name)
-        tensors = session.run.read_tensors(file, session.plan_fingerprint)
+        tensors = session.run.read_tensors(file, session.identity.plan)
         if tensors is None:
             raise RocketError(f"{session.run.path / file} is missing; run again")
         session.let_go(*tensors.values())

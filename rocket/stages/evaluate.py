@@ -17,7 +17,7 @@ from rocket.evaluation import Evaluation, evaluate
 from rocket.models import open_checkpoint, remedy_of_nan
 from rocket.reporting.card import model_card
 from rocket.reporting.summary import MeasuredSize
-from rocket.run import UNCHECKED, fingerprint
+from rocket.run import UNCHECKED
 from rocket.session import Session
 from rocket.stages.compress import compress_model
 from rocket.stages.heal import heal_model
@@ -32,7 +32,7 @@ def evaluate_models(session: Session) -> tuple[Evaluation, Evaluation]:
     """
     original, kept = _evaluate_original(session)
     path, plan = compress_model(session), make_plan(session)
-    compressed = _evaluate_smaller(session, "compressed", path, session.plan_fingerprint, original, kept)
+    compressed = _evaluate_smaller(session, "compressed", path, session.identity.plan, original, kept)
     if session.leads:
         card = model_card(path, session.config, plan, original, compressed)
         session.run.write_text(f"{session.checkpoint}/{UNCHECKED}", card)
@@ -48,7 +48,7 @@ def evaluate_healed(session: Session) -> Evaluation | None:
         return None
     original, kept = _evaluate_original(session)
     path = heal_model(session)
-    healed = _evaluate_smaller(session, "healed", path, session.healing_fingerprint, original, kept)
+    healed = _evaluate_smaller(session, "healed", path, session.identity.healed, original, kept)
     card = model_card(path, session.config, make_plan(session), original, healed, healed=True)
     session.run.write_text(f"{session.healed_checkpoint}/{UNCHECKED}", card)
     return healed
@@ -65,7 +65,7 @@ def _evaluate_smaller(
         model, processor = open_checkpoint(path, session.config.model, session.streams, session.states)
         with session.stage(f"evaluate {name}"):
             stored, _ = evaluate(session.config.evaluation, model, processor, kept)
-        expected = session.evaluation_fingerprint(subject)
+        expected = session.identity.evaluation(subject)
         session.run.write_json(f"evaluation/{path.name}.json", expected, asdict(stored))
     agreed = session.agree(stored)
     assert agreed is not None
@@ -75,14 +75,10 @@ def _evaluate_smaller(
 _KEPT = "evaluation/original.safetensors"
 
 
-def _original(session: Session) -> str:
-    return fingerprint(model=session.model_identity, dtype=session.config.model.dtype)
-
-
 def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]:
     """What is measured of it, and what metrics keep to compare the compressed model with."""
-    expected = session.evaluation_fingerprint(_original(session))
-    stored = _stored_evaluation(session, "original", _original(session))
+    expected = session.identity.evaluation(session.identity.original)
+    stored = _stored_evaluation(session, "original", session.identity.original)
     kept = session.run.read_tensors(_KEPT, expected) or {}
     if stored is not None and set(stored.kept) <= kept.keys():
         session.skip("evaluate original")
@@ -106,7 +102,7 @@ def _stored_evaluation(
     session: Session, name: str, subject: str, original: Evaluation | None = None
 ) -> Evaluation | None:
     """What was measured of a subject, if it was. Raises RocketError if that is not what was of the ``original``."""
-    content = session.run.read_json(f"evaluation/{name}.json", session.evaluation_fingerprint(subject))
+    content = session.run.read_json(f"evaluation/{name}.json", session.identity.evaluation(subject))
     if content is None:
         return None
     path = session.run.path / f"evaluation/{name}.json"
@@ -131,7 +127,7 @@ def measured_sizes(session: Session, original: Evaluation) -> list[MeasuredSize]
             continue
         budget = read_record(Budget, content["budget"], session.run.path / name)
         for allocation in allocations:
-            expected = session.plan_fingerprint_of(budget, allocation)
+            expected = session.identity.plan_of(budget, allocation)
             evaluation = _stored_evaluation(session, budget.name, expected, original)
             if evaluation is not None and session.run.read_json(name, expected) is not None:
                 found.append(MeasuredSize(Plan.from_dict(content), allocation, evaluation))

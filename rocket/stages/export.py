@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rocket.compression import merge
 from rocket.models import open_checkpoint
-from rocket.run import fingerprint
 from rocket.session import Session
 from rocket.stages.compress import compress_model
 from rocket.stages.heal import heal_model
@@ -17,7 +16,7 @@ def export_dense(session: Session) -> Path:
     heals = session.config.healing is not None
     path = heal_model(session) if heals else compress_model(session)
     name = f"{session.finished_checkpoint}-dense"
-    expected = fingerprint(dense=session.healing_fingerprint if heals else session.plan_fingerprint)
+    expected = session.identity.dense
     if session.agree(session.run.has_directory(name, expected)):
         session.skip("export dense")
         return session.run.path / name

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
-import torch
-import transformers
 from torch import Tensor
 
 from rocket.allocation import ModelSize, measure_size
@@ -23,9 +21,9 @@ from rocket.calib import (
 )
 from rocket.config import RocketError
 from rocket.config.records import Whole, read_record
-from rocket.models import Batch, resolve_device
+from rocket.models import Batch
 from rocket.ranks import ranks
-from rocket.run import RunDirectory, fingerprint
+from rocket.run import RunDirectory
 from rocket.session import Session
 from rocket.stages.material import calibration_batches, check_sources
 
@@ -102,7 +100,7 @@ def _collect(session: Session, batches: Sequence[Batch]) -> None:
     """Write the Gram matrices and the index."""
     if len(batches) < ranks.count:
         raise RocketError(f"{len(batches)} batches cannot be shared by {ranks.count} processes; lower calib.batch_size")
-    grams, waypoints = StoredGrams(session.run, session.calibration_fingerprint), _waypoints(session)
+    grams, waypoints = StoredGrams(session.run, session.identity.calibration), _waypoints(session)
     with session.stage("gather activations"):
         calibration = collect_grams(session.model, session.layers, batches, grams, waypoints)
     _write_index(session, _INDEX, calibration)
@@ -116,28 +114,20 @@ def _measure(session: Session, batches: Sequence[Batch]) -> None:
     with session.stage("measure sensitivities"):
         sensitivities = measure_sensitivities(session.model, known, batches, seen=seen, waypoints=waypoints)
     if session.leads:
-        session.run.write_tensors(_SENSITIVITIES, session.calibration_fingerprint, sensitivities)
+        session.run.write_tensors(_SENSITIVITIES, session.identity.calibration, sensitivities)
     _write_index(session, _SENSITIVE, calibration.with_sensitivities(sensitivities))
     waypoints.clear()
 
 
 def _waypoints(session: Session) -> Waypoints:
-    config = session.config
-    bits = fingerprint(
-        calibration=session.calibration_fingerprint,
-        batch_size=config.calib.batch_size,
-        device=str(resolve_device(config.model.device)),
-        processes=ranks.count,
-        versions=[torch.__version__, transformers.__version__],
-    )
-    return Waypoints(session.run, bits)
+    return Waypoints(session.run, session.identity.hidden_states)
 
 
 def _write_index(session: Session, name: str, calibration: Calibration) -> None:
     size = measure_size(session.model, calibration.known(session.layers))
     index = {"inputs": calibration.inputs, "tokens": calibration.tokens, "size": vars(size)}
     if session.leads:
-        session.run.write_json(name, session.calibration_fingerprint, index)
+        session.run.write_json(name, session.identity.calibration, index)
     session.wait()
 
 
@@ -150,7 +140,7 @@ def _found_calibration(session: Session) -> tuple[Calibration, ModelSize]:
 
 def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | None:
     """What the run directory holds; with sensitivities, of the layers that have one, where these are wanted."""
-    run, expected = session.run, session.calibration_fingerprint
+    run, expected = session.run, session.identity.calibration
     index = _read_index(session, _INDEX)
     if index is None or any(not run.has_file(_gram_file(name)) for name in index.tokens):
         return None
@@ -163,7 +153,7 @@ def _stored_calibration(session: Session) -> tuple[Calibration, ModelSize] | Non
 
 
 def _read_index(session: Session, name: str) -> _CalibrationIndex | None:
-    content = session.run.read_json(name, session.calibration_fingerprint)
+    content = session.run.read_json(name, session.identity.calibration)
     return None if content is None else read_record(_CalibrationIndex, content, session.run.path / name)
 
 

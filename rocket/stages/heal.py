@@ -25,7 +25,7 @@ def heal_model(session: Session) -> Path:
     if config.healing is None:
         raise RocketError("the config has no healing section; add one, or say for example --set healing.minutes=20")
     compressed, healed = compress_model(session), run.path / session.healed_checkpoint
-    expected, scratch = session.healing_fingerprint, f"healing/{session.budget.name}"
+    expected, scratch = session.identity.healed, f"healing/{session.budget.name}"
     if run.has_directory(session.healed_checkpoint, expected):
         session.skip("heal")
         run.remove(scratch)  # of a process that was killed when the checkpoint was complete

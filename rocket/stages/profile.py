@@ -14,7 +14,6 @@ from rocket.config.records import read_record
 from rocket.evaluation import window_losses_of
 from rocket.models import LinearLayer, features_of, is_causal_lm
 from rocket.profiling import LayerProfile, profile_layer
-from rocket.run import fingerprint
 from rocket.session import Session
 from rocket.stages.gather import gather_activations
 from rocket.stages.material import calibration_tokens, reads_samples
@@ -64,7 +63,7 @@ def profile_share(session: Session, calibration: Calibration) -> dict[str, dict[
         for name in track([name for name in mine if name in missing], "profile layers"):
             problem = calibration.problem(name, session.weight(layers[name]), settings)
             profile = profile_layer(name, calibration.inputs[name], problem, session.forms, settings)
-            session.run.write_json(_profile_file(name), session.profile_fingerprint, profile.to_dict())
+            session.run.write_json(_profile_file(name), session.identity.profiles, profile.to_dict())
             del problem  # before the next one is made
             session.let_go(layers[name].weight)
         session.wait()
@@ -72,7 +71,7 @@ def profile_share(session: Session, calibration: Calibration) -> dict[str, dict[
 
 
 def _stored_profiles(session: Session, names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
-    read, expected = session.run.read_json, session.profile_fingerprint
+    read, expected = session.run.read_json, session.identity.profiles
     return {name: read(_profile_file(name), expected) for name in names}
 
 
@@ -108,7 +107,7 @@ def measure_prices(session: Session, removed_ratios: Sequence[float]) -> Planner
     measured: list[MeasuredPoint] = []
     if session.leads:
         measured = [*known, *_measure(session, missing)][-MAX_POINTS:]
-        session.run.write_json("plans/measured.json", _prices_fingerprint(session), {"points": measured})
+        session.run.write_json("plans/measured.json", session.identity.prices, {"points": measured})
     return replace(planner, measured=session.agree(measured))
 
 
@@ -127,22 +126,18 @@ def _measure(session: Session, plans: Sequence[Plan]) -> list[MeasuredPoint]:
 
 
 def _stored_prices(session: Session) -> list[MeasuredPoint]:
-    content = session.run.read_json("plans/measured.json", _prices_fingerprint(session))
+    content = session.run.read_json("plans/measured.json", session.identity.prices)
     if content is None:
         return []
     points = read_record(dict[str, list[tuple[float, float, float]]], content, session.run.path / "plans/measured.json")
     return [MeasuredPoint(*values) for values in points.get("points", [])]
 
 
-def _prices_fingerprint(session: Session) -> str:
-    return fingerprint(profiles=session.profile_fingerprint, allocation=session.config.allocation.model_dump())
-
-
 def make_plan(session: Session) -> Plan:
     """The best option for every layer within the budget. Writes plans/BUDGET.json. Seconds."""
     planner = profile_layers(session)
     name = f"plans/{session.budget.name}.json"
-    stored = session.run.read_json(name, session.plan_fingerprint)
+    stored = session.run.read_json(name, session.identity.plan)
     if stored is not None:
         session.skip("plan")
         plan = Plan.from_dict(stored, planner.calibration)
@@ -152,5 +147,5 @@ def make_plan(session: Session) -> Plan:
     with session.stage("plan"):
         plan = planner.within(session.budget)
     if session.leads:
-        session.run.write_json(name, session.plan_fingerprint, plan.to_dict())
+        session.run.write_json(name, session.identity.plan, plan.to_dict())
     return plan

@@ -101,7 +101,7 @@ def test_matrices_of_a_block_are_handed_over_when_it_is_left(llama, token_ids, m
             counts.append(len(alive))
             super().__setitem__(name, gram)
 
-    monkeypatch.setattr("rocket.calib.collect.GramAccumulator", Watched)
+    monkeypatch.setattr("rocket.calib.sums.GramAccumulator", Watched)
     store = Store()
     calibration = collect_grams(model, layers, [{"input_ids": ids} for ids in token_ids.split(4)], store)
     assert calibration.grams is store

@@ -36,7 +36,7 @@ from rocket.factorization.dictionary import factorize
 from rocket.factorization.problem import LayerProblem
 from rocket.factorization.sparse import scale_problem
 from rocket.forms import Option, select_forms
-from rocket.forms.dictionary import sizes_for
+from rocket.forms.dictionary import factors, sizes_for
 from rocket.models import load_model, target_layers
 from rocket.profiling import profile_layer
 from rocket.usage import Usage, measure, track
@@ -138,14 +138,7 @@ def compare_ksvd(
 
     def refitted(problem: LayerProblem, rank: int, support: int) -> Tensor:
         settings = METHODS["rocket"]
-        dictionary, coefficients, _ = factorize(
-            problem,
-            rank,
-            support,
-            exponent=settings.importance_exponent,
-            thresholds=settings.thresholds,
-            refits=settings.refits,
-        )
+        dictionary, coefficients, _ = factors(problem, rank, support, settings, settings.refits)
         return coefficients @ dictionary
 
     def sparse(problem: LayerProblem, rank: int, support: int) -> Tensor:

@@ -129,14 +129,15 @@ def _pace(problem: LayerProblem, settings: ProfilingConfig, cost: Callable[[int,
     if not settings.refits or not known:
         return 1.0
     place = min(known, key=lambda place: math.dist(place, PACE_AT))
-    dictionary, coefficients, _ = _factorize(problem, *known[place], settings, refits=1)
+    dictionary, coefficients, _ = factors(problem, *known[place], settings, refits=1)
     after = problem.evaluate(coefficients @ dictionary)
     return pace_of(problem, cost(*known[place]), after, _gain(*place, refits=1))
 
 
-def _factorize(
+def factors(
     problem: LayerProblem, rank: int, support: int, settings: ProfilingConfig, refits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`factorize` as the settings say, with so many refits."""
     return factorize(
         problem.tempered,
         rank,
@@ -154,7 +155,7 @@ def build(problem: LayerProblem, option: Option, settings: ProfilingConfig, draf
             f"nnz={option.nnz} is not the same number of coefficients, 1 to {option.rank}, for every output"
         )
     refits = 0 if draft else settings.refits
-    dictionary, coefficients, mask = _factorize(problem, option.rank, support, settings, refits)
+    dictionary, coefficients, mask = factors(problem, option.rank, support, settings, refits)
     values, packed = bitmap.pack(coefficients, mask)
     return {**as_state(dictionary=dictionary, weight=values), "mask": packed}
 

@@ -1,21 +1,21 @@
-"""Text like that of the zero-shot tasks, to calibrate on: what a perfectly matched domain would keep of the accuracy.
+"""Text like that of the zero-shot tasks, to calibrate on: what a matched domain keeps of the accuracy.
 
-    python -m benchmarks.task_text /tmp/tasks.jsonl
-    python -m benchmarks.quality --calibration /tmp/tasks.jsonl --methods rocket --tasks piqa ... --limit 500
+    python -m benchmarks.task_text tasks.jsonl
+    python -m benchmarks.quality --calibration tasks.jsonl --methods rocket --sizes 0.5 --tasks piqa ... --limit 500
 
-Writes the items after the first ``--skip`` of each task, question and right answer, one document an item: other items
-than those that `benchmarks.quality` measures, which are the first.
+Writes items of each task, question and right answer, one document an item; none that `benchmarks.quality` measures with
+the same ``--limit``.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from rocket.evaluation.harness import load_tasks, quiet
+from rocket.evaluation.tasks import evenly_spaced
 
 
 def item_text(task: Any, document: Any) -> str:
@@ -30,14 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a .jsonl file")
     parser.add_argument("--tasks", nargs="+", default=["piqa", "arc_easy", "lambada_openai"])
-    parser.add_argument("--skip", type=int, default=500, help="first items of each task, which are measured")
+    parser.add_argument("--limit", type=int, default=500, help="items of each task that are measured: left out")
     parser.add_argument("--items", type=int, default=1300, help="items of each task")
     args = parser.parse_args()
     with quiet():
         tasks = [task for group in load_tasks(args.tasks, None).values() for task in group.values()]
     with args.output.open("w", encoding="utf-8") as file:
         for task in tasks:
-            for document in itertools.islice(task.eval_docs, args.skip, args.skip + args.items):
+            measured = set(evenly_spaced({"": len(task.eval_docs)}, args.limit)[""])
+            others = [document for number, document in enumerate(task.eval_docs) if number not in measured]
+            for document in others[: args.items]:
                 file.write(json.dumps({"text": item_text(task, document)}) + "\n")
 
 

@@ -37,7 +37,8 @@ class Sample:
 class SampleCorpus:
     """What a source of samples hands over: (key, how to read the sample), to be iterated over once.
 
-    A source may hold more than memory does, so a sample is only read when it is called for.
+    A source may hold more than memory does, so a sample is only kept when it is called for; local files are read once
+    before, for the hash of what is in them.
 
     ``splits`` has either ``calibration`` and ``held_out`` (or one of them), where the source brings its own splits, or
     the one key ``all``, which is split by the hash of the keys: samples of the same key are always on the same side.

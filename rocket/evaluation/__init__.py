@@ -2,7 +2,7 @@
 
 from rocket.evaluation.evaluate import TASK_BATCH, Evaluation, evaluate
 from rocket.evaluation.features import FeatureAgreement, agreement, class_accuracy, features_of_model
-from rocket.evaluation.harness import check_tasks
+from rocket.evaluation.harness import check_tasks, check_tokenizer
 from rocket.evaluation.metrics import Score
 from rocket.evaluation.packaged import packaged_tasks
 from rocket.evaluation.perplexity import Perplexity, perplexity, window_losses_of
@@ -20,6 +20,7 @@ __all__ = [
     "agreement",
     "chance_corrected_mean",
     "check_tasks",
+    "check_tokenizer",
     "class_accuracy",
     "evaluate",
     "features_of_model",

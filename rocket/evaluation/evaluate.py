@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rocket.config.errors import RocketError
 from rocket.config.schema import EvaluationConfig
 from rocket.data import load_documents, load_samples, pack_tokens
 from rocket.evaluation.metrics import Score, Subject, fitting_metrics
@@ -91,7 +92,10 @@ def _measure(
         for metric in metrics:
             prefix = f"{source}/{metric.name}/"
             known = None if reference is None else _beginning(reference, prefix)
-            found = metric.measure(replace(subject, reference=known))
+            try:
+                found = metric.measure(replace(subject, reference=known))
+            except RocketError as error:
+                raise RocketError(f"{source}: {error}") from None
             scores[source] += found.scores
             kept |= {prefix + name: value for name, value in found.kept.items()}
     return scores, kept

@@ -24,13 +24,14 @@ class FeatureAgreement:
 
     cosine: mean over the items of the cosine between the two features of an item. cosine_low, cosine_high: its 95 %
     bootstrap interval over the items (too narrow where several are of one photograph or document). knn_overlap: mean
-    share of an item's ``neighbours`` nearest other items, by cosine, that the two models agree on.
+    share of an item's ``neighbours`` nearest other items, by cosine, that the two models agree on; None where there are
+    no more items than that.
     """
 
     cosine: float
     cosine_low: float
     cosine_high: float
-    knn_overlap: float
+    knn_overlap: float | None
     neighbours: int
     items: int
 
@@ -38,9 +39,10 @@ class FeatureAgreement:
 def features_of_model(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
     """One feature for each item, float32 [n, d] on the CPU, from batches of keyword arguments of the model's forward.
 
-    The feature is what the output has, in this order: the embedding of a contrastive model (``image_embeds``), the
-    pooled output, the last hidden state, the logits of a classifier. Hidden states [n, tokens, d] count by their class
-    token where the model has one, else by their mean, and maps [n, d, height, width] by their mean.
+    The feature is what the output has, in this order: the embeddings of a contrastive model (``image_embeds``, and
+    ``text_embeds`` beside it where each image has a text, both at unit length), the pooled output, the last hidden
+    state, the logits of a classifier. Hidden states [n, tokens, d] count by their class token where the model has one,
+    else by their mean, and maps [n, d, height, width] by their mean.
 
     Cost: a forward pass. The model stays on its device and its training mode is restored. Raises RocketError if there
     is no batch or the output has none of these.
@@ -57,7 +59,7 @@ def features_of_model(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Te
 def agreement(original: Tensor, compressed: Tensor, neighbours: int = 5) -> FeatureAgreement:
     """Compare two models' features [n, d] of the same n items, in the same order.
 
-    Raises RocketError if the shapes differ, there are no more items than neighbours, or a feature is not finite.
+    Raises RocketError if the shapes differ, there is no item, or a feature is not finite.
 
     Source of the interval: Efron and Tibshirani 1993, An introduction to the bootstrap (percentiles, 1000 resamples).
 
@@ -69,15 +71,14 @@ def agreement(original: Tensor, compressed: Tensor, neighbours: int = 5) -> Feat
     if original.ndim != 2 or original.shape != compressed.shape:
         shapes = f"{tuple(original.shape)} and {tuple(compressed.shape)}"
         raise RocketError(f"features of shapes {shapes} cannot be compared; give both models the same items")
-    if not 1 <= neighbours < len(original):
+    if neighbours < 1 or not len(original):
         raise RocketError(f"{neighbours} nearest neighbours among {len(original)} items: give more")
     _check_finite(original, "the original's features")
     _check_finite(compressed, "the compressed model's features")
     before, after = (F.normalize(features.double(), dim=1) for features in (original, compressed))
     cosines = (before * after).sum(dim=1).clamp(-1, 1).cpu().numpy()
     low, high = _bootstrap_interval(cosines)
-    shared = (_is_neighbour(before, neighbours) & _is_neighbour(after, neighbours)).sum(dim=1)
-    overlap = float(shared.double().mean()) / neighbours
+    overlap = _shared_neighbours(before, after, neighbours) if neighbours < len(original) else None
     return FeatureAgreement(float(cosines.mean()), low, high, overlap, neighbours, len(cosines))
 
 
@@ -103,6 +104,9 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def _feature(model: Any, output: Any) -> Tensor:
     """[n, d] of an output, in the model's own type."""
+    image, text = (getattr(output, name, None) for name in ("image_embeds", "text_embeds"))
+    if image is not None and text is not None and len(image) == len(text):
+        return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
     for name in ("image_embeds", "pooler_output", "last_hidden_state", "logits"):
         value = getattr(output, name, None)
         if value is None:
@@ -132,6 +136,11 @@ def _bootstrap_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[
     draws = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def _shared_neighbours(before: Tensor, after: Tensor, count: int) -> float:
+    shared = (_is_neighbour(before, count) & _is_neighbour(after, count)).sum(dim=1)
+    return float(shared.double().mean()) / count
 
 
 def _is_neighbour(unit: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import difflib
 import io
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,16 @@ def _not_packaged(names: Sequence[str], offline: bool | None) -> tuple[list[str]
 
 
 def language_model(model: Any, tokenizer: Any, batch_size: int, terminal: Console) -> Any:
-    """The harness's wrapper of an in-memory model, with our progress bar in place of its own."""
+    """The harness's wrapper of an in-memory model, with our progress bar in place of its own.
+
+    Its attribute ``cut`` counts the requests by task of which the model could not read the beginning.
+    """
     from lm_eval.models.huggingface import HFLM
 
     # A copy, because HFLM sets the padding token. fp32, because bfloat16 log-likelihoods tie, and the first wins.
     lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
-    lm.loglikelihood = _with_progress(lm.loglikelihood, _BATCHES_A_STEP * batch_size, terminal)
+    lm.cut = Counter()
+    lm.loglikelihood = _with_progress(lm, _BATCHES_A_STEP * batch_size, terminal)
     return lm
 
 
@@ -76,9 +81,22 @@ def quiet() -> Iterator[Console]:
             datasets.enable_progress_bars()
 
 
-def _with_progress(run: Callable[..., list[Any]], step: int, terminal: Console) -> Callable[..., list[Any]]:
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise RocketError for a tokenizer that the harness cannot use."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise RocketError(
+            "evaluation.tasks: the tokenizer has no token for the beginning or the end of a text, and "
+            "lm-evaluation-harness needs one before each question; set its eos_token, or write []"
+        )
+
+
+def _with_progress(lm: Any, step: int, terminal: Console) -> Callable[..., list[Any]]:
+    run = lm.loglikelihood
+
     def loglikelihood(requests: list[Any], **_: Any) -> list[Any]:
         answers: list[Any] = []
+        lengths = [len(lm.tok_encode("".join(request.args))) for request in requests]
+        lm.cut.update(r.task_name for r, length in zip(requests, lengths, strict=True) if length > lm.max_length + 1)
         with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
             bar = progress.add_task(f"zero-shot {requests[0].task_name}", total=len(requests))
             for start in range(0, len(requests), step):

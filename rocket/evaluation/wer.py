@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,9 @@ from rocket.models.processor import check_clips, longest_clip
 from rocket.usage import track
 
 RESAMPLES = 10_000
+REMARKS = re.compile(r"\[[^\]]*\]|<[^>]*>")
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese characters."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,42 @@ def word_error_rate(model: Any, processor: Any, samples: Sequence[Sample], batch
     """Errors a word of the model's transcripts of samples with `audio` (16 kHz) and `text`, over all clips together.
 
     Decoding is greedy: token by token for models that generate (Whisper), the best symbol of each frame for CTC models
-    (wav2vec2). References and transcripts go through Whisper's normaliser of English (letter case, punctuation,
-    numbers, contractions; not spelling) before words are compared.
+    (wav2vec2). References and transcripts are normalised before words are compared: for models of English alone by
+    Whisper's normaliser (letter case, punctuation, numbers, contractions, fillers; not spelling), for others by
+    `plain_words`.
 
     Cost: one transcription of each clip; models like Whisper, whose input is 30 s long, pay for 30 s whatever the clip.
 
     Raises RocketError when a sample lacks audio or text, has no word, or is longer than the model takes in; or when
     the package `jiwer` is missing.
     """
-    normalize = EnglishTextNormalizer({})
+    normalize = EnglishTextNormalizer({}) if _is_english(model) else plain_words
     _check(samples, processor, batch_size, normalize)
     hypotheses: list[str] = []
     with evaluating(model):
         for start in track(range(0, len(samples), batch_size), "transcribe"):
             hypotheses += transcribe(model, processor, [sample.audio for sample in samples[start : start + batch_size]])
     return score([str(sample.text) for sample in samples], hypotheses, normalize)
+
+
+def plain_words(text: str) -> str:
+    """A text of any language without letter case, punctuation and remarks in brackets, its words apart by spaces.
+
+    Characters of scripts that write no spaces count as words.
+
+    >>> plain_words("Um acht, schön!"), plain_words("東京へ")
+    ('um acht schön', '東 京 へ')
+    """
+    letters = unicodedata.normalize("NFKC", REMARKS.sub(" ", text)).lower()
+    apart = SPACELESS.sub(r" \g<0> ", "".join(" " if unicodedata.category(x)[0] in "PS" else x for x in letters))
+    return " ".join(apart.split())
+
+
+def _is_english(model: Any) -> bool:
+    """Whether a model of speech says that it writes English: Whisper's do."""
+    generation = getattr(model, "generation_config", None)
+    language = str(getattr(generation, "language", None)).strip("<|>").lower()
+    return getattr(generation, "is_multilingual", None) is False or language in ("en", "english")
 
 
 def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
@@ -75,9 +101,16 @@ def transcribe(model: Any, processor: Any, clips: Sequence[Any]) -> list[str]:
     inputs = processor(audio=list(clips), sampling_rate=SAMPLING_RATE, padding=padding, return_tensors="pt")
     if model.can_generate():
         tokens = model.generate(**inputs.to(model.device, model.dtype), do_sample=False, num_beams=1)
-    else:
-        tokens = run_forward(model, inputs).logits.argmax(dim=-1)
-    return [str(text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+        return [str(text) for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    mask = inputs.get("attention_mask")
+    if mask is None and len(clips) > 1:  # the model cannot tell padding from silence
+        return [text for clip in clips for text in transcribe(model, processor, [clip])]
+    frames = run_forward(model, inputs).logits.argmax(dim=-1)
+    lengths = [frames.shape[1]] * len(clips)
+    if mask is not None and hasattr(model, "_get_feat_extract_output_lengths"):
+        lengths = model._get_feat_extract_output_lengths(mask.sum(dim=-1)).tolist()
+    heard = [row[:length] for row, length in zip(frames, lengths, strict=True)]
+    return [str(text) for text in processor.batch_decode(heard, skip_special_tokens=True)]
 
 
 def score(references: Sequence[str], hypotheses: Sequence[str], normalize: Any) -> WordErrorRate:
@@ -142,7 +175,7 @@ def _check(samples: Sequence[Sample], processor: Any, batch_size: int, normalize
         if sample.audio is None or sample.text is None:
             missing = "audio" if sample.audio is None else "transcript"
             raise RocketError(f"sample {number} has no {missing}; word error rates need clips with transcripts")
-        if not normalize(sample.text):
+        if not any(letter.isalnum() for letter in normalize(sample.text)):
             raise RocketError(
                 f"sample {number}: {sample.text[:40]!r} has no word once normalised; leave such clips out"
             )

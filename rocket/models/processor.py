@@ -29,6 +29,8 @@ from rocket.models.inputs import (
 
 logger = logging.getLogger(__name__)
 
+SHORTEST_CLIP = 400
+"""What the first convolutions of wav2vec2 take in at once, as Whisper's frames do: 25 ms."""
 QUESTION = {"role": "user", "content": [{"type": "image"}]}
 
 
@@ -96,9 +98,14 @@ def longest_clip(processor: Any) -> int | None:
 
 
 def check_clips(processor: Any, samples: Sequence[Sample]) -> None:
-    """Raise RocketError for the first sample with more audio than the model takes in: the rest would be cut off."""
+    """Raise RocketError for the first sample with too little audio, or more than the model takes in, and would cut."""
     longest = longest_clip(processor)
     for number, sample in enumerate(samples):
+        if sample.audio is not None and len(sample.audio) < SHORTEST_CLIP:
+            raise RocketError(
+                f"sample {number} has {len(sample.audio)} values of audio, fewer than the {SHORTEST_CLIP} of a frame; "
+                "leave such clips out"
+            )
         if longest is not None and sample.audio is not None and len(sample.audio) > longest:
             raise RocketError(
                 f"sample {number} has {len(sample.audio) / SAMPLING_RATE:.1f} s of audio; this model takes in "

@@ -134,6 +134,10 @@ def _loss_series(summary: Summary) -> Iterator[Series]:
         for text in dict.fromkeys(text for _, found in increases for text in found):
             points = [Point(100 * ratio, found[text]) for ratio, found in increases if text in found]
             yield Series(_named(f"measured, {text}", chosen_by, summary), points)
+    if summary.healed:
+        ratio = _share(summary.planner, summary.plan)
+        for text, increase in loss_increases(summary.original, summary.healed).items():
+            yield Series(f"healed, {text}", [Point(100 * ratio, increase)])
 
 
 def _score_charts(summary: Summary) -> Iterator[Chart]:
@@ -145,6 +149,8 @@ def _score_charts(summary: Summary) -> Iterator[Chart]:
             values = [(0.0, _scores(summary.original)), *measured]
             points = [scores[name]._replace(x=100 * ratio) for ratio, scores in values if name in scores]
             series.append(Series(_named("measured", chosen_by, summary), points))
+        if summary.healed and (point := _scores(summary.healed).get(name)):
+            series.append(Series("healed", [point._replace(x=100 * _share(summary.planner, summary.plan))]))
         yield _chart(name, "", series)
 
 

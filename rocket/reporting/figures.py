@@ -23,8 +23,8 @@ def draw_report(summary: Summary, directory: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     charts = size_quality_charts(summary)
-    columns = min(3, len(charts))
-    rows = math.ceil(len(charts) / columns)
+    columns = min(3, len(charts)) or 1
+    rows = math.ceil(len(charts) / columns) or 1
     figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
     for axes, chart in zip(figure.subplots(rows, columns, squeeze=False).flat, charts, strict=False):
         _draw_chart(axes, chart)

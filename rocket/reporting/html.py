@@ -55,6 +55,7 @@ def render_report(summary: Summary) -> str:
         cost_unit=COSTS[summary.planner.profiling.cost],
         rows=measured_rows(summary.original, *summary.smaller),
         increases=loss_increases(summary.original, summary.compressed),
+        healed_increases=loss_increases(summary.original, summary.healed) if summary.healed else {},
         corrected=_corrected(summary),
         towers=towers,
         shades=shades,
@@ -151,10 +152,10 @@ def finite(value: Any) -> Any:
 def figure(value: float) -> str:
     """Three digits that count.
 
-    >>> figure(0.01234), figure(1234.5), figure(0.0)
-    ('0.0123', '1,234', '0')
+    >>> figure(0.01234), figure(1234.5), figure(999.7), figure(0.0)
+    ('0.0123', '1,234', '1,000', '0')
     """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def readable_count(value: float) -> str:

@@ -33,7 +33,7 @@ SetOption = Annotated[
 DEFAULT_CONFIG = Path(__file__).parents[1] / "config" / "default.yaml"
 Result = TypeVar("Result")
 
-console = Console()
+console = Console(markup=False, emoji=False)  # paths may hold brackets and colons
 
 
 def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,9 +87,9 @@ def _evaluate_original(session: Session) -> tuple[Evaluation, dict[str, Tensor]]
         check_sources(session)
         with session.stage("evaluate original"):
             stored, kept = evaluate(session.config.evaluation, model, processor)
-        for text, perplexity in stored.perplexities.items():
-            if math.isnan(perplexity):
-                raise RocketError(f"the original's perplexity on {text} is not a number; {remedy_of_nan(model)}")
+        for what, value in _values(stored):
+            if math.isnan(value):
+                raise RocketError(f"the original's {what} is not a number; {remedy_of_nan(model)}")
         if kept:
             session.run.write_tensors(_KEPT, expected, kept)
         session.run.write_json("evaluation/original.json", expected, asdict(stored))
@@ -110,6 +110,14 @@ def _stored_evaluation(
     if original is not None and _measures(stored) != _measures(original):
         raise RocketError(f"{path} does not tell what original.json does; delete both and run again")
     return stored
+
+
+def _values(evaluation: Evaluation) -> Iterator[tuple[str, float]]:
+    for text, perplexity in evaluation.perplexities.items():
+        yield f"perplexity on {text}", perplexity
+    for source, scores in evaluation.scores.items():
+        for score in scores:
+            yield f"{score.name} on {source}", score.value
 
 
 def _measures(evaluation: Evaluation) -> tuple[set[str], set[str]]:

@@ -20,7 +20,7 @@ from rocket.data import (
     load_samples,
     pack_tokens,
 )
-from rocket.evaluation import check_tasks
+from rocket.evaluation import check_tasks, check_tokenizer
 from rocket.models import (
     Batch,
     is_causal_lm,
@@ -53,6 +53,8 @@ def check_sources(session: Session) -> None:
     if evaluation.tasks and not is_causal_lm(model):
         raise RocketError(f"evaluation.tasks={evaluation.tasks}: {name} is no text decoder; write []")
     check_tasks(evaluation.tasks)
+    if evaluation.tasks:
+        check_tokenizer(tokenizer_of(session.loaded[1]))
     _check_splits(session)
     lengths = {"evaluation.seq_len": evaluation.seq_len} if evaluation.texts else {}
     if not reads_samples(session, calib.source):

@@ -1,5 +1,6 @@
 """Sound files, and what is made of them."""
 
+import tracemalloc
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -93,3 +94,32 @@ def test_joined_pieces_have_pauses_between_them():
     joined = join([ones, twos, ones], pause=1 / 4000)
     assert joined.tolist() == [1, 1, 1, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 1, 1]
     assert joined.dtype == np.float32
+
+
+@pytest.mark.parametrize("rate", [44_101, 11_127])
+def test_odd_rates_take_no_more_than_they_should(tmp_path, rate):
+    """Transforms of 44101 x 1024 values took gigabytes for a tenth of a second."""
+    path = write_wav(tmp_path / "a.wav", tone(440, rate, 0.1), rate)
+    tracemalloc.start()
+    read = read_wav(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.abs(read - tone(440, 16_000, 0.1))[200:-200].max() < 5e-3
+    assert peak < 20e6
+
+
+def test_a_file_from_a_pipe_does_not_know_its_length(tmp_path):
+    path = write_wav(tmp_path / "a.wav", tone(440, 16_000))
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    assert read_wav(path).shape == (16_000,)
+
+
+def test_a_rate_of_zero(tmp_path):
+    path = write_wav(tmp_path / "a.wav", tone(440, 16_000))
+    content = bytearray(path.read_bytes())
+    content[24:28] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(RocketError, match="has a sampling rate of 0"):
+        read_wav(path)

@@ -124,3 +124,15 @@ def test_file_of_another_kind(write):
 def test_folder_without_readable_files(tmp_path):
     with pytest.raises(RocketError, match=r"no \.txt, \.jsonl, \.parquet file in this folder"):
         texts(tmp_path)
+
+
+def test_a_folder_named_like_a_file_holds_files(write, tmp_path):
+    (tmp_path / "set.txt").mkdir()
+    write("set.txt/part.txt", "a part")
+    assert load_documents(str(tmp_path), "all") == ("a part",)
+
+
+@pytest.mark.parametrize("line", ['{"text": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_that_python_gives_up_on(write, line):
+    with pytest.raises(RocketError, match=r"odd.jsonl:1: not valid JSON \("):
+        load_documents(str(write("odd.jsonl", line)), "all")

@@ -254,3 +254,19 @@ def test_nothing_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(data.samples, "is_held_out", lambda key: False)
     with pytest.raises(RocketError, match="has no sample in the held_out split"):
         load_samples(str(tmp_path), "held_out")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(np.uint16, "deep.png"), (np.uint16, "deep.tif")])
+def test_images_of_16_bits_keep_their_shades(tmp_path, kind, name):
+    shades = np.linspace(0, 65535, 256).astype(kind).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / name)
+    (sample,) = load_samples(str(tmp_path), "all")
+    assert sample.image.mode == "RGB"
+    assert np.array_equal(np.asarray(sample.image)[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_32_bits_do_not_tell_their_range(tmp_path, kind):
+    Image.fromarray(np.linspace(0, 1, 256).astype(kind).reshape(16, 16)).save(tmp_path / "deep.tif")
+    with pytest.raises(RocketError, match=r"deep.tif: has pixels of 32 bits"):
+        load_samples(str(tmp_path), "all")

@@ -64,11 +64,17 @@ def test_equal_features_agree_in_every_figure():
     )
 
 
+def test_few_items_have_no_neighbours_to_share():
+    result = agreement(on_circle(0, 90), on_circle(0, 30))
+    assert result.cosine == pytest.approx(0.75)
+    assert result.knn_overlap is None
+
+
 @pytest.mark.parametrize(
     ("original", "compressed", "message"),
     [
         (torch.ones(6, 2), torch.ones(6, 3), r"shapes \(6, 2\) and \(6, 3\) cannot be compared"),
-        (torch.ones(5, 2), torch.ones(5, 2), "5 nearest neighbours among 5 items: give more"),
+        (torch.ones(0, 2), torch.ones(0, 2), "5 nearest neighbours among 0 items: give more"),
         (torch.ones(6, 2), torch.full((6, 2), math.nan), r"the compressed model's features are not finite for 6 of 6"),
         (torch.ones(6, 2) / 0, torch.ones(6, 2), r"the original's features .* \(first: 0\); use model.dtype=float32"),
     ],
@@ -139,6 +145,14 @@ OUTPUTS = {
     "mean of a map": (Encoder(last_hidden_state=TOKENS.view(1, 3, 2, 2)), [1.5, 5.5, 9.5]),
     "pooled": (Encoder(last_hidden_state=TOKENS, pooler_output=torch.ones(1, 2)), [1.0, 1.0]),
     "contrastive": (Encoder(pooler_output=torch.ones(1, 2), image_embeds=torch.zeros(1, 3)), [0.0, 0.0, 0.0]),
+    "contrastive, both": (
+        Encoder(image_embeds=torch.tensor([[0.0, 2.0]]), text_embeds=torch.tensor([[3.0, 4.0]])),
+        [0.0, 1.0, pytest.approx(0.6), pytest.approx(0.8)],
+    ),
+    "contrastive, other texts": (
+        Encoder(image_embeds=torch.ones(1, 2), text_embeds=torch.ones(3, 2)),
+        [1.0, 1.0],
+    ),
 }
 
 

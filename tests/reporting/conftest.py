@@ -57,6 +57,7 @@ def invent() -> Callable[..., Summary]:
         cost: str = "loss",
         original: Evaluation | None = None,
         compressed: Evaluation | None = None,
+        healed: Evaluation | None = None,
     ) -> Summary:
         dense, half = Option("dense", 100, 0, 0.0), Option("sparse", 50, 640, 0.25, nnz=50)
         profiling = ProfilingConfig(cost=cost, forms=["low_rank", "dictionary", "sparse"])
@@ -78,7 +79,7 @@ def invent() -> Callable[..., Summary]:
             plan,
             original,
             compressed,
-            None,
+            healed,
             [MeasuredSize(plan, AllocationConfig(), compressed)],
             {"compress": Usage(2.5, 100.0)},
         )

@@ -58,3 +58,9 @@ def test_prices_beside_the_map(summary, tmp_path):
     path = tmp_path / "curve.png"
     draw_plan(summary.planner, summary.planner.curve(), summary.plan, path)
     assert min(size_of(path)) > 400
+
+
+def test_without_anything_to_show(invent, tmp_path, monkeypatch):
+    """All prices zero and nothing evaluated."""
+    monkeypatch.setattr("rocket.reporting.figures.size_quality_charts", lambda summary: [])
+    assert all(path.stat().st_size for path in draw_report(invent(["a.0.x"]), tmp_path))

@@ -117,6 +117,21 @@ def test_names_are_only_text(invent, cost):
     assert json.loads(button["data-layers"]) == [HOSTILE]
 
 
+def test_a_healed_model_is_shown_beside_the_compressed_one(invent):
+    measured = [
+        Evaluation({"text": perplexity}, {}, {"s": [Score("score", perplexity)]}) for perplexity in (10, 20, 15)
+    ]
+    text = render_report(invent(["a.0.x"], original=measured[0], compressed=measured[1], healed=measured[2]))
+    page = Page(text)
+    assert f"{math.log(1.5):.4f}" in page.text["td"]
+    assert "and healed by a short fine-tune at fixed sparsity" in text
+    assert "without training" not in text
+    losses, scores = data_of(text)["charts"]
+    assert [series["name"] for series in losses["series"] if not series["line"]] == ["measured, text", "healed, text"]
+    assert scores["series"][-1] == {"name": "healed", "points": [[50.0, 15, None, None]], "line": False}
+    assert "without training" in render_report(invent(["a.0.x"], original=measured[0], compressed=measured[1]))
+
+
 def test_numbers_that_json_does_not_know(invent):
     evaluation = Evaluation({"t": math.inf}, {}, {"s": [Score("score", math.nan)]})
     text = render_report(invent(["a.0.x", "a.0.y"], original=evaluation, compressed=evaluation))

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rocket
 from rocket import pipeline
 from rocket.scripts import (
+    cli,
     compress_model,
     evaluate_model,
     gather_activations,
@@ -315,3 +317,13 @@ def test_full_disk(home, monkeypatch):
     result = invoke(run_full_pipeline.main, "--config", home / "config.yaml")
     assert result.exit_code == 2
     assert "error: models/x: No space left on device; what was finished before is kept" in result.stderr
+
+
+def test_paths_with_brackets_are_shown_as_they_are():
+    table = Table("", title="[b]")
+    table.add_row("corpus[en].txt")
+    with cli.console.capture() as shown:
+        cli.console.print(table)
+        cli.console.print("output/[/x]:smile:")
+    for text in ("[b]", "corpus[en].txt", "output/[/x]:smile:"):
+        assert text in shown.get()

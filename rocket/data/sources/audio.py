@@ -13,13 +13,15 @@ from rocket.config.errors import RocketError
 from rocket.data.samples import SAMPLING_RATE
 
 FFT_BLOCK = 1024
+UNTOLD_SIZE = 0xFFFFFF00  # and above: what stands in the place of a size that was not known
 Audio: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def read_wav(path: Path) -> Audio:
     """The samples [n] of a 16-bit PCM file, between -1 and 1, its channels averaged, at 16 kHz whatever its own rate.
 
-    Raises RocketError when the file is of another kind or shorter than it says.
+    Raises RocketError when the file is of another kind or shorter than it says; those written into a pipe, whose
+    beginning could not be completed, do not say how long they are.
     """
     try:
         with wave.open(str(path), "rb") as file:
@@ -27,12 +29,17 @@ def read_wav(path: Path) -> Audio:
             rate, frames = file.getframerate(), file.getnframes()
             content = file.readframes(frames)
     except (OSError, EOFError, wave.Error) as error:
-        raise RocketError(f"{path}: no readable WAV file ({str(error) or 'it is cut short'})") from error
+        reason = str(error) or "it is cut short"
+        raise RocketError(f"{path}: no readable WAV file ({reason}); write it as 16-bit PCM") from error
     if width != 2:
         raise RocketError(f"{path}: has {8 * width} bits a sample, not 16; convert it")
-    if len(content) != 2 * channels * frames:
+    if rate < 1:
+        raise RocketError(f"{path}: has a sampling rate of {rate}; write it again")
+    frame = 2 * channels
+    if len(content) != frame * frames and frame * frames < UNTOLD_SIZE:
         raise RocketError(f"{path}: is cut short; get the file again")
-    samples = np.frombuffer(content, "<i2").reshape(-1, channels) / np.float32(32768)
+    whole = len(content) // frame * frame
+    samples = np.frombuffer(content[:whole], "<i2").reshape(-1, channels) / np.float32(32768)
     return as_mono(samples, rate)
 
 
@@ -52,8 +59,8 @@ def resample(audio: Audio, ratio: Fraction) -> Audio:
     """
     if ratio == 1 or not len(audio):
         return audio
-    # Lengths with small prime factors make the transforms fast.
-    block = FFT_BLOCK * ratio.denominator
+    # Lengths with small prime factors make the transforms fast; where the ratio has large ones, there are none.
+    block = ratio.denominator * (FFT_BLOCK if ratio.denominator <= FFT_BLOCK else 1)
     length = -(-len(audio) // block) * block
     resampled = int(length * ratio)
     spectrum = np.fft.rfft(audio.astype(np.float64), length)[: resampled // 2 + 1]

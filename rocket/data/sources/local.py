@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 from rocket.data.sources.rows import in_utf8, json_rows, no_such_field, text_of
 from rocket.data.splits import Corpus
 
@@ -13,7 +13,7 @@ Reader = Callable[[Path, str], Iterator[str]]
 def read(path: Path, text_field: str) -> Corpus:
     """Find the files: in a folder recursively, sorted by path."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and not file.is_dir())
     elif path.suffix.lower() in READERS:
         files = [path]
     else:
@@ -31,7 +31,7 @@ def _texts(files: list[Path], readers: Mapping[str, Reader], text_field: str) ->
             with in_utf8(path):
                 yield from readers[path.suffix.lower()](path, text_field)
         except OSError as error:
-            raise RocketError(f"{path}: cannot be read ({error.strerror})") from error
+            raise RocketError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
 def _whole(path: Path, _text_field: str) -> Iterator[str]:

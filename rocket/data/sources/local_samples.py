@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rocket.config.errors import RocketError
 from rocket.data.samples import Sample, SampleCorpus, key_of
 from rocket.data.sources.audio import Audio, as_mono, read_wav
@@ -53,7 +55,7 @@ def referenced_files(path: Path) -> list[Path]:
 
 def _folder(path: Path) -> Iterator[tuple[str, Read]]:
     texts = _transcripts(path)
-    for file in sorted(path.rglob("*")):
+    for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
         kind = "image" if file.suffix.lower() in IMAGES else "audio" if file.suffix.lower() in AUDIO else None
         if kind is not None:
             beside = file.with_suffix(".txt")
@@ -105,7 +107,12 @@ def _image(file: Path, content: bytes) -> Any:
     from PIL import Image, ImageOps, UnidentifiedImageError  # slow to import, and most sources do without
 
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        image: Any = Image.open(io.BytesIO(content))
+        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+            raise RocketError(f"{file}: has pixels of 32 bits, of a range that it does not tell; write it with 8 or 16")
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
         raise RocketError(f"{file}: no image that can be read ({reason}); write it again or remove it") from error

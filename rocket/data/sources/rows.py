@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rocket.config.errors import RocketError
+from rocket.config.errors import RocketError, first_line
 
 
 @contextmanager
@@ -31,8 +31,9 @@ def json_rows(path: Path, example: str) -> Iterator[tuple[str, Mapping[str, Any]
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RocketError(f"{where}: not valid JSON ({error.msg}); correct or remove the line") from error
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+                raise RocketError(f"{where}: not valid JSON ({reason}); correct or remove the line") from error
             if not isinstance(row, dict):
                 raise RocketError(f"{where}: not a JSON object; each line must be one, like {example}")
             yield where, row

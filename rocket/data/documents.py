@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 # Several million tokens of web pages, more than calibration needs; all of fineweb would not fit in memory.
 STREAM_LIMIT = 10_000
+MOST_CHARACTERS = 1 << 28
+"""Kept of a source: more than calibration and evaluation ever use."""
 
 
 def load_documents(
@@ -24,6 +26,7 @@ def load_documents(
 ) -> tuple[str, ...]:
     """Read the documents of a source, each a text.
 
+    Of sources beyond `MOST_CHARACTERS` every second document is read, or every fourth, and so on.
     Held-out text never overlaps calibration text. Sources without splits of their own are split by the hash of each
     document: about 10 % is held out, equal documents always fall on the same side, whatever else the source holds.
     Sources on the hub that have splits keep them; being streamed, they are not searched for documents that are in both.
@@ -51,16 +54,25 @@ def load_documents(
     corpus = _open(source, split, text_field)
     limit = (stream_limit or STREAM_LIMIT) if corpus.streamed else None
     texts: list[str] = []
-    seen = 0
+    seen, found, characters, step = 0, 0, 0, 1
     for text, wanted in corpus.select(split):
         seen += 1
-        if wanted:
+        if not wanted:
+            continue
+        if found % step == 0:
             texts.append(text)
+            characters += len(text)
+        found += 1
         if len(texts) == limit:
             logger.info("%s: the first %d documents of the stream", source, limit)
             break
+        if characters > MOST_CHARACTERS and len(texts) > 1:
+            texts, step = texts[::2], 2 * step
+            characters = sum(map(len, texts))
     if not texts:
         raise RocketError(_nothing_to_read(source, split, seen))
+    if step > 1:
+        logger.info("%s: one in %d of its %d documents, to fit in memory", source, step, found)
     return tuple(texts)
 
 

@@ -3,8 +3,8 @@ import logging
 import pytest
 
 from rocket.config.errors import RocketError
-from rocket.data import check_documents, documents, load_documents
-from rocket.data.splits import is_held_out
+from rocket.data import check_documents, documents, load_documents, sources
+from rocket.data.splits import Corpus, is_held_out
 
 TEXTS = [f"document number {i}" for i in range(300)]
 
@@ -75,3 +75,10 @@ def test_streams_are_cut_when_no_number_is_given(fake_hub, monkeypatch, caplog):
         assert len(load_documents("c4", "calibration")) == 5
     assert "c4: the first 5 documents of the stream" in caplog.text
     assert len(load_documents("c4", "calibration", stream_limit=7)) == 7
+
+
+def test_a_source_larger_than_memory_is_thinned_evenly(monkeypatch):
+    texts = [f"document {number:02d}" for number in range(20)]
+    monkeypatch.setitem(sources.SOURCES, "large", lambda: Corpus({"held_out": texts, "calibration": texts}))
+    monkeypatch.setattr("rocket.data.documents.MOST_CHARACTERS", 6 * len(texts[0]))
+    assert load_documents("large", "held_out") == tuple(texts[::4])

@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -83,3 +84,13 @@ def test_bad_arguments(model, tokenizer, arguments, message):
 def test_window_longer_than_the_models_positions(model, tokenizer):
     with pytest.raises(RocketError, match=r"5000 exceeds the model's 4096"):
         measure(model, tokenizer, ["text"], seq_len=5000)
+
+
+def test_no_more_text_is_tokenised_than_windows_may_take(model, tokenizer, monkeypatch):
+    """The same as of every fourth document, which is what fits."""
+    documents = [f"this is sentence number {number} of a long text" for number in range(64)]
+    expected = measure(model, tokenizer, documents[::4], seq_len=16, max_tokens=64)
+    module = sys.modules["rocket.evaluation.perplexity"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_FEWEST_CHARACTERS", len("".join(documents)) // 3)
+    monkeypatch.setattr(module, "_CHARACTERS_A_TOKEN", 1)
+    assert measure(model, tokenizer, documents, seq_len=16, max_tokens=64) == expected

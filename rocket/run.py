@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rocket.config.errors import RocketError, first_line
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST = "rocket-manifest.json"
 MAX_JSON_BYTES = 1 << 25
 """Of an artifact; the plan of a model with 40 000 experts takes a quarter of it."""

@@ -23,7 +23,8 @@ main = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Take 20-50 % of the weights out of a trained transformer, without training, and know beforehand what it costs.\n\n"
+    help="Take 20-50 % of the weights out of a trained transformer, without training, and know beforehand what it "
+    "costs.\n\n"
     "Start with: rocket run --set output_dir=output/first\n\n"
     "Each command runs the stages before it where their artifacts are missing from output_dir, and skips them "
     "otherwise.",

@@ -89,10 +89,8 @@ def processor(tmp_path):
     return Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(str(vocabulary)))
 
 
-@pytest.fixture
-def ctc_model():
-    """Says YES, whatever it hears: the frame number decides."""
-    config = Wav2Vec2Config(
+def tiny(**changes: object) -> Wav2Vec2Config:
+    return Wav2Vec2Config(
         vocab_size=len(LETTERS),
         hidden_size=16,
         num_hidden_layers=1,
@@ -104,9 +102,15 @@ def ctc_model():
         num_feat_extract_layers=2,
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
+        **changes,
     )
+
+
+@pytest.fixture
+def ctc_model():
+    """Says YES, whatever it hears: the frame number decides."""
     torch.manual_seed(0)
-    model = Wav2Vec2ForCTC(config)
+    model = Wav2Vec2ForCTC(tiny())
 
     def say_yes(_module, _args, output):
         frames = torch.full(output.shape[:2], LETTERS.index("<pad>"))
@@ -136,22 +140,7 @@ def test_a_transcript_does_not_depend_on_what_else_is_in_the_batch(processor):
     clips = [generator.standard_normal(size).astype(np.float32) for size in (16_000, 9_000)]
     for norm in ("layer", "group"):
         torch.manual_seed(1)
-        config = Wav2Vec2Config(
-            vocab_size=len(LETTERS),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=24,
-            conv_dim=(8, 8),
-            conv_kernel=(10, 10),
-            conv_stride=(40, 40),
-            num_feat_extract_layers=2,
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-            feat_extract_norm=norm,
-            initializer_range=1.0,
-        )
-        model = Wav2Vec2ForCTC(config).eval()
+        model = Wav2Vec2ForCTC(tiny(feat_extract_norm=norm, initializer_range=1.0)).eval()
         processor.feature_extractor.return_attention_mask = norm == "layer"
         together = transcribe(model, processor, clips)
         assert together == [text for clip in clips for text in transcribe(model, processor, [clip])]

@@ -90,13 +90,18 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def _is_cut(lm: Any, text: str) -> bool:
+    """Whether the model cannot read all of a request; few are long enough in bytes to be tokenised for that."""
+    longest: int = lm.max_length
+    return len(text.encode()) > longest and len(lm.tok_encode(text)) > longest + 1
+
+
 def _with_progress(lm: Any, step: int, terminal: Console) -> Callable[..., list[Any]]:
     run = lm.loglikelihood
 
     def loglikelihood(requests: list[Any], **_: Any) -> list[Any]:
         answers: list[Any] = []
-        lengths = [len(lm.tok_encode("".join(request.args))) for request in requests]
-        lm.cut.update(r.task_name for r, length in zip(requests, lengths, strict=True) if length > lm.max_length + 1)
+        lm.cut.update(request.task_name for request in requests if _is_cut(lm, "".join(request.args)))
         with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
             bar = progress.add_task(f"zero-shot {requests[0].task_name}", total=len(requests))
             for start in range(0, len(requests), step):

@@ -18,6 +18,11 @@ from rocket.reporting.layout import layers_by_kind
 from rocket.reporting.measured import measured_rows
 
 
+def how_trained(healed: bool) -> str:
+    """What was done to the values beside the compression, in words."""
+    return "and healed by a short fine-tune at fixed sparsity" if healed else "without training"
+
+
 def model_card(
     checkpoint: Path,
     config: Config,
@@ -32,11 +37,10 @@ def model_card(
     config.json only. Without evaluations it says that quality was not measured. It depends on its arguments alone, so
     that it can be written anew.
     """
-    trained = "and healed by a short fine-tune at fixed sparsity" if healed else "without training"
     parts = [
         _front_matter(config, plan),
         f"# {_plain(config.model.path)}, compressed by ROCKET",
-        f"{_code(config.model.path)}, compressed by [ROCKET](https://arxiv.org/abs/2602.11008) {trained}: "
+        f"{_code(config.model.path)}, compressed by [ROCKET](https://arxiv.org/abs/2602.11008) {how_trained(healed)}: "
         f"{plan}, {100 * plan.bytes_removed_ratio:.1f} % of all bytes saved. "
         "The base model's licence and limits apply.",
         "## Size\n\n" + _sizes(plan),

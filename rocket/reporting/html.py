@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from rocket.allocation import Prediction
 from rocket.config import dump_config
+from rocket.reporting.card import how_trained
 from rocket.reporting.charts import COSTS, size_quality_charts
 from rocket.reporting.energy import METHODS
 from rocket.reporting.environment import machine, versions
@@ -51,6 +52,7 @@ def render_report(summary: Summary) -> str:
         js=asset("report.js"),
         summary=summary,
         plan=summary.plan,
+        trained=how_trained(summary.healed is not None),
         size=summary.plan.size,
         cost_unit=COSTS[summary.planner.profiling.cost],
         rows=measured_rows(summary.original, *summary.smaller),

@@ -55,9 +55,9 @@ def referenced_files(path: Path) -> list[Path]:
 
 def _folder(path: Path) -> Iterator[tuple[str, Read]]:
     texts = _transcripts(path)
-    for file in sorted(file for file in path.rglob("*") if not file.is_dir()):
+    for file in sorted(path.rglob("*")):
         kind = "image" if file.suffix.lower() in IMAGES else "audio" if file.suffix.lower() in AUDIO else None
-        if kind is not None:
+        if kind is not None and not file.is_dir():
             beside = file.with_suffix(".txt")
             with in_utf8(beside):
                 text = beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else texts.get(file)
